@@ -1,0 +1,17 @@
+"""Fused kernels for RLHF, each held to a plain-PyTorch definition.
+
+Importing this needs torch alone. `explain("gae")` says which backend runs an op here and why.
+"""
+
+from rlhf_kernels.ops.swiglu import swiglu
+from rlhf_kernels.runtime.dispatch import BackendError, FallbackWarning, backend, explain
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BackendError",
+    "FallbackWarning",
+    "backend",
+    "explain",
+    "swiglu",
+]

@@ -1,0 +1,1 @@
+"""What every op needs at run time: the choice of a backend, operator registration, launches, the library."""

@@ -1,0 +1,66 @@
+"""Argument checks that say what was got, what is expected and how to fix it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+
+
+def floating(op: str, name: str, x: Any) -> None:
+    """TypeError unless x is a tensor of a floating-point dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}(): {name} must be a tensor, got {type(x).__name__}. Wrap it with torch.as_tensor.")
+    if x.dtype not in _FLOATING:
+        raise TypeError(
+            f"{op}(): {name} must be float32, bfloat16, float16 or float64, got {_dtype(x)} {tuple(x.shape)}. "
+            f"Cast with {name}.float()."
+        )
+
+
+def same(op: str, name: str, x: Tensor, other_name: str, other: Any) -> None:
+    """TypeError or ValueError unless `other` is a tensor of x's shape, dtype and device."""
+    if not isinstance(other, Tensor):
+        raise TypeError(f"{op}(): {other_name} must be a tensor, got {type(other).__name__}")
+    if other.dtype != x.dtype:
+        raise TypeError(
+            f"{op}(): {other_name} must have the dtype of {name}, {_dtype(x)}, got {_dtype(other)}. "
+            f"Cast with {other_name}.to({name}.dtype)."
+        )
+    shaped(op, other_name, other, tuple(x.shape), f"the shape of {name}")
+    on(op, name, x, other_name, other)
+
+
+def shaped(op: str, name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """ValueError unless x has this shape."""
+    if x.shape != shape:
+        raise ValueError(f"{op}(): {name} must have {meaning}, {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def on(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """ValueError unless both tensors are on one device."""
+    if other.device != x.device:
+        raise ValueError(
+            f"{op}(): {name} is on {x.device} and {other_name} on {other.device}. "
+            f"Move it with {other_name}.to({name}.device)."
+        )
+
+
+def boolean(op: str, name: str, mask: Any, shape: tuple[int, ...], like: Tensor, meaning: str) -> None:
+    """TypeError or ValueError unless `mask` is a boolean tensor of this shape, on the device of `like`."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}(): {name} must be a boolean tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{op}(): {name} must be boolean (True where real), got {_dtype(mask)} {tuple(mask.shape)}. "
+            f"Convert with {name}.bool(); an additive mask of 0 and -inf is {name} == 0."
+        )
+    shaped(op, name, mask, shape, meaning)
+    on(op, "the input", like, name, mask)
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

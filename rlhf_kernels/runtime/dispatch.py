@@ -1,0 +1,222 @@
+"""Which backend runs an op, and why.
+
+An op names its backends in order of preference per device type. The first that is installed, supports the
+dtype and class of shapes, and is not overridden, is chosen once and remembered. Falling back from a better
+one warns once, with the reason and the remedy; RLHF_KERNELS_STRICT=1 makes it an error.
+
+`with backend("torch"):` or RLHF_KERNELS_BACKEND=torch override the choice, for one op with "gae=native".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from rlhf_kernels.runtime import native
+
+BACKENDS = ("reference", "torch", "native", "triton", "gluon")
+
+
+class FallbackWarning(UserWarning):
+    """A slower backend runs than the one this op prefers here."""
+
+
+class BackendError(RuntimeError):
+    """The wanted backend cannot run and strict mode forbids another."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one op, device type, dtype and class of shapes."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    backend: str
+    reason: str
+    kernel: ModuleType
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op} on {self.device} in {dtype}: {self.backend} ({self.reason})"
+
+
+def _parse(text: str) -> tuple[tuple[str, str], ...]:
+    """'torch' or 'gae=native,attention=torch' as pairs (op or '*', backend)."""
+    pairs = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        op, _, name = item.rpartition("=")
+        if name not in BACKENDS:
+            raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+        if op and op not in OPS and OPS:
+            raise ValueError(f"unknown op {op!r} in {text!r}: expected one of {', '.join(sorted(OPS))}")
+        pairs.append((op or "*", name))
+    return tuple(pairs)
+
+
+OPS: dict[str, Op] = {}
+_override: ContextVar[tuple[tuple[str, str], ...] | None] = ContextVar("rlhf_kernels_backend", default=None)
+_warned: set[str] = set()
+
+
+@lru_cache(maxsize=None)
+def _environment() -> tuple[tuple[str, str], ...]:
+    try:
+        return _parse(os.environ.get("RLHF_KERNELS_BACKEND", ""))
+    except ValueError as error:
+        raise ValueError(f"RLHF_KERNELS_BACKEND: {error}") from None
+
+
+def strict() -> bool:
+    """Whether a fall-back is an error (RLHF_KERNELS_STRICT=1)."""
+    return os.environ.get("RLHF_KERNELS_STRICT", "") not in ("", "0")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Runs ops on one backend inside a `with` block: `backend("torch")`, `backend("gae=native")`.
+
+    Args:
+        name: a backend for all ops, or comma-separated `op=backend` pairs.
+
+    Raises:
+        ValueError: no such backend or op.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"backend(): expected a name such as 'torch', got {type(name).__name__}")
+    token = _override.set(_parse(name))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1): for checking, never for timing."""
+    return os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
+
+
+@lru_cache(maxsize=None)
+def unavailable(name: str, device: str) -> str | None:
+    """Why backend `name` cannot run on this device type, or None."""
+    if name in ("torch", "reference"):
+        return None
+    if name == "native":
+        if device not in ("cpu", "cuda"):
+            return f"there are no native kernels for {device}"
+        return native.missing("_C" if device == "cpu" else "_C_cuda")
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'rlhf-kernels[triton]'"
+    if device == "cpu" and not (name == "triton" and interpreted()):
+        return f"{name} kernels need a GPU (TRITON_INTERPRET=1 interprets triton kernels, for checking only)"
+    return None
+
+
+class Op:
+    """An op's backends: modules `kernel_<backend>.py` (and `reference.py`) of its room, loaded when chosen.
+
+    A kernel module has `forward` and, where autograd cannot go through it, `backward`. It may define
+    `unsupported(device, dtype, shape_class) -> str | None`, the reason why it cannot serve.
+
+    Args:
+        name: the public function's name.
+        room: the package of the room, `__name__` of its `__init__.py`.
+        order: device type -> backends, best first; other device types get ("torch",).
+        modules: backend -> module, where a room of several ops names its files otherwise.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        room: str,
+        order: dict[str, tuple[str, ...]],
+        modules: dict[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self.room = room
+        self.order = order
+        self.modules = modules or {}
+        self._chosen: dict[Hashable, Choice] = {}
+        OPS[name] = self
+
+    def backends(self, device: str) -> tuple[str, ...]:
+        """Backends declared for a device type, best first, the definition last."""
+        return (*self.order.get(device, ("torch",)), "reference")
+
+    def declared(self) -> tuple[str, ...]:
+        """Every backend of this op, on any device."""
+        found = {name for order in self.order.values() for name in order} | {"torch", "reference"}
+        return tuple(name for name in BACKENDS if name in found)
+
+    def module(self, name: str) -> ModuleType:
+        """The module that implements backend `name`."""
+        default = "reference" if name == "reference" else f"kernel_{name}"
+        return importlib.import_module(f"{self.room}.{self.modules.get(name, default)}")
+
+    def unsupported(self, name: str, device: str, dtype: torch.dtype, shape_class: Hashable = None) -> str | None:
+        """Why backend `name` cannot serve these inputs, or None."""
+        if name not in self.declared():
+            return f"{self.name} has no {name} kernel"
+        if reason := unavailable(name, device):
+            return reason
+        check = getattr(self.module(name), "unsupported", None)
+        return check(device, dtype, shape_class) if check else None
+
+    def choose(self, tensor: torch.Tensor, shape_class: Hashable = None) -> ModuleType:
+        """The kernel module for inputs like `tensor`; a dictionary look-up after the first time."""
+        key = (tensor.dtype, tensor.device, shape_class, _override.get())
+        found = self._chosen.get(key)
+        if found is None:
+            found = self._chosen[key] = self.decide(tensor.device.type, tensor.dtype, shape_class)
+        return found.kernel
+
+    def decide(self, device: str, dtype: torch.dtype, shape_class: Hashable = None) -> Choice:
+        """Goes through the preferences; warns, or raises in strict mode, when the first cannot run."""
+        wanted = dict(_environment()) | dict(_override.get() or ())
+        asked = wanted.get(self.name, wanted.get("*"))
+        preferred = [asked] if asked else []
+        if device == "cpu" and interpreted() and "triton" in self.declared() and not asked:
+            preferred = []  # the interpreter is never chosen by itself
+        order = preferred + [name for name in self.order.get(device, ("torch",)) if name not in preferred]
+        refused: list[str] = []
+        for name in order:
+            reason = self.unsupported(name, device, dtype, shape_class)
+            if reason is None:
+                why = "asked for" if name == asked else "first choice here"
+                if refused:
+                    why = "; ".join(refused)
+                    self._fell_back(name, device, why)
+                return Choice(self.name, device, dtype, name, why, self.module(name))
+            refused.append(f"{name}: {reason}")
+        raise BackendError(f"{self.name} on {device} in {dtype}: no backend can run ({'; '.join(refused)})")
+
+    def _fell_back(self, name: str, device: str, why: str) -> None:
+        message = f"{self.name} on {device} runs on the {name} backend, because {why}"
+        if strict():
+            raise BackendError(f"{message}. RLHF_KERNELS_STRICT is set: mend the reason, or unset it.")
+        if message not in _warned:
+            _warned.add(message)
+            warnings.warn(f"{message}. RLHF_KERNELS_STRICT=1 makes this an error.", FallbackWarning, stacklevel=5)
+
+
+def explain(op: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
+    """Which backend would run `op` here, and why; printing the result gives one line.
+
+    Raises:
+        ValueError: no such op.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}: expected one of {', '.join(sorted(OPS))}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        return OPS[op].decide(torch.device(device).type, dtype)

@@ -1,0 +1,18 @@
+"""Device functions that Triton kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def to_float32(x):
+    """Upcasts 16-bit values for arithmetic; float32 and float64 pass."""
+    return x if x.dtype == tl.float64 or x.dtype == tl.float32 else x.to(tl.float32)
+
+
+@triton.jit
+def sigmoid(x):
+    """Logistic function; tl.sigmoid takes no float64."""
+    return 1.0 / (1.0 + tl.exp(-x))
