@@ -27,7 +27,15 @@ PACKAGE = ROOT / "rlhf_kernels"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 # Without errno and trapping arithmetic GCC vectorises the row loops. Never -ffast-math: at link time it
 # would switch the whole process to flush-to-zero.
-CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-g0"]
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-Wall",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-fvisibility=hidden",
+]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
 
 skipped: dict[str, str] = {}
@@ -118,7 +126,7 @@ def extensions() -> tuple[list, dict]:
         try:
             from torch.utils.cpp_extension import BuildExtension
         except ImportError:
-            reason = "torch was not importable: run pip install --no-build-isolation -e . with torch installed"
+            reason = "torch was not importable: install torch, then pip install --no-build-isolation -e ."
     if reason:
         skipped.update(dict.fromkeys(("_C", "_C_cuda", "_host"), reason))
         return [], {}

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -75,7 +75,7 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class Cost:
-    """Least work of one call: floating-point operations, and bytes with each input read and output written once."""
+    """Least work of one call: floating-point operations; bytes, inputs read and outputs written once."""
 
     flops: float
     bytes: float
@@ -189,7 +189,9 @@ class OpSpec:
         for case in self.cases:
             if case.name == name:
                 return case
-        raise ValueError(f"{self.name} has no case {name!r}: expected one of {', '.join(c.name for c in self.cases)}")
+        raise ValueError(
+            f"{self.name} has no case {name!r}: expected one of {', '.join(c.name for c in self.cases)}"
+        )
 
 
 def as_outputs(result: Any) -> tuple[Tensor, ...]:
@@ -197,7 +199,7 @@ def as_outputs(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_specs(package: str = "rlhf_kernels.ops") -> dict[str, OpSpec]:
     """Every spec of a package's rooms by op name: its `<room>.spec` modules' SPECS, or the module's own.
 
@@ -218,8 +220,10 @@ def load_specs(package: str = "rlhf_kernels.ops") -> dict[str, OpSpec]:
     return found
 
 
-def randn(shape: Iterable[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Normal random numbers, drawn in float32 on the CPU so that every device and dtype sees the same ones."""
+def randn(
+    shape: Iterable[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Normal numbers, drawn in float32 on the CPU so that every device and dtype sees the same ones."""
     return torch.randn(tuple(shape), generator=generator).to(device=device, dtype=dtype)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,14 +20,16 @@ LIBRARIES = ("_C", "_C_cuda", "_host")
 _PACKAGE = Path(__file__).parent.parent
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     if name == "_C_cuda" and (reason := missing("_C")):
         return None, reason  # the schemas live there
     try:
         return importlib.import_module(f"rlhf_kernels.{name}"), None
     except ModuleNotFoundError:
-        return None, _build_reason(name) or "not built: run pip install --no-build-isolation -e . with a C++ compiler"
+        return None, _build_reason(
+            name
+        ) or "not built: run pip install --no-build-isolation -e . with a C++ compiler"
     except ImportError as error:
         first = str(error).splitlines()[0]
         return None, f"found but not loadable ({first}): rebuild it for torch {torch.__version__}"

@@ -1,0 +1,134 @@
+"""The house itself: choice of backends, overrides, strict mode, import cost."""
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+
+import rlhf_kernels
+from rlhf_kernels.runtime import dispatch, native
+
+
+def _python(code, **environment):
+    """Runs code in a fresh process; returns (exit code, stdout, stderr)."""
+    import os
+
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RLHF_KERNELS", "TRITON_INTERPRET"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env | environment, timeout=120
+    )
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+def test_explain_names_backend_and_reason():
+    choice = rlhf_kernels.explain("swiglu")
+    assert choice.backend in ("native", "torch")
+    assert str(choice) == f"swiglu on cpu in float32: {choice.backend} ({choice.reason})"
+
+
+def test_explain_unknown_op_names_the_ops():
+    with pytest.raises(ValueError, match=r"unknown op 'swigloo': expected one of .*swiglu"):
+        rlhf_kernels.explain("swigloo")
+
+
+def test_backend_context_is_scoped_and_nested():
+    x = torch.randn(2, 8)
+    seen = []
+    op = dispatch.OPS["swiglu"]
+    for name in ("torch", "reference"):
+        with rlhf_kernels.backend(name):
+            seen.append(op.choose(x).__name__.rsplit(".", 1)[1])
+            with rlhf_kernels.backend("swiglu=torch"):
+                seen.append(op.choose(x).__name__.rsplit(".", 1)[1])
+    assert seen == ["kernel_torch", "kernel_torch", "reference", "kernel_torch"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("tritn", ValueError, "unknown backend 'tritn': expected one of reference, torch, native"),
+        ("sviglu=torch", ValueError, "unknown op 'sviglu'"),
+        (3, TypeError, "expected a name such as 'torch', got int"),
+    ],
+)
+def test_wrong_backend_is_one_sentence(name, error, message):
+    with pytest.raises(error, match=message), rlhf_kernels.backend(name):
+        pass
+
+
+def test_environment_switch():
+    code = "import rlhf_kernels as rk; print(rk.explain('swiglu').backend)"
+    assert _python(code, RLHF_KERNELS_BACKEND="torch") == (0, "torch", "")
+    status, _, error = _python(code, RLHF_KERNELS_BACKEND="cudnn")
+    assert status == 1
+    assert "RLHF_KERNELS_BACKEND: unknown backend 'cudnn'" in error
+
+
+CALL = "import torch, rlhf_kernels as rk\nrk.swiglu(torch.ones(2, 4))\nrk.swiglu(torch.ones(2, 4))\n"
+
+
+def test_unmet_wish_warns_once_with_reason_and_remedy():
+    status, _, error = _python(CALL, RLHF_KERNELS_BACKEND="triton")
+    assert status == 0
+    assert error.count("FallbackWarning") == 1
+    assert "triton kernels need a GPU" in error
+    assert "RLHF_KERNELS_STRICT=1" in error
+
+
+def test_strict_mode_makes_a_fallback_an_error():
+    status, _, error = _python(CALL, RLHF_KERNELS_BACKEND="triton", RLHF_KERNELS_STRICT="1")
+    assert status == 1
+    assert "BackendError: swiglu on cpu runs on the" in error
+
+
+HIDE = """
+import sys, importlib.abc
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("rlhf_kernels._C", "rlhf_kernels._C_cuda", "rlhf_kernels._host"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def test_without_native_library_it_works_and_says_so():
+    code = HIDE + CALL + "print(rk.explain('swiglu'))"
+    status, out, error = _python(code)
+    assert status == 0
+    assert "swiglu on cpu in float32: torch (native: not built" in out
+    assert error.count("FallbackWarning: swiglu on cpu runs on the torch backend") == 1
+
+
+def test_import_needs_torch_alone_and_is_quick():
+    code = """
+import sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import rlhf_kernels
+took = time.perf_counter() - start
+new = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+print(round(took * 1e3, 1), sorted(name for name in new if not name.startswith('_') ))
+"""
+    runs = [_python(code)[1] for _ in range(3)]
+    assert all("['rlhf_kernels']" in run for run in runs), runs
+    assert min(float(run.split()[0]) for run in runs) < 50
+
+
+def test_build_record_gives_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "_build.json").write_text(
+        json.dumps({"skipped": {"_C": "no C++ compiler (c++ is not on PATH)"}})
+    )
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    assert native._build_reason("_C") == "no C++ compiler (c++ is not on PATH)"
+
+
+def test_fallback_warning_is_a_user_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning):
+            dispatch.OPS["swiglu"]._fell_back("torch", "cpu", f"a test at {time.time()}")

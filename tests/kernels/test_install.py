@@ -1,0 +1,65 @@
+"""The package installs and works where nothing can be compiled, and says why."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def bare_install(tmp_path_factory):
+    """An installation made with no compiler to be found."""
+    work = tmp_path_factory.mktemp("bare")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout: no list of the files that make up the package")
+    for name in tracked.stdout.splitlines():
+        if name.startswith(("rlhf_kernels/", "palm_rlhf/", "csrc/")) or "/" not in name:
+            if not (ROOT / name).is_file():
+                continue
+            target = work / "source" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RLHF_KERNELS")}
+    environment |= {"PATH": str(work / "empty"), "CXX": "no-such-compiler", "CC": "no-such-compiler"}
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--target", str(work / "site"), str(work / "source")],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return work
+
+
+def _run(work, code):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RLHF_KERNELS", "TRITON"))}
+    # -S leaves out the .pth files: an editable installation would lend its own compiled library.
+    environment["PYTHONPATH"] = os.pathsep.join([str(work / "site"), sysconfig.get_path("platlib")])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env=environment,
+        cwd=work,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_works_without_a_compiler(bare_install):
+    code = (
+        "import torch, rlhf_kernels as rk; print(rk.__file__); print(rk.explain('swiglu')); "
+        "x = torch.randn(4, 8); silu = torch.nn.functional.silu; "
+        "print(torch.equal(rk.swiglu(x), silu(x[:, 4:]) * x[:, :4]))"
+    )
+    place, choice, equal = _run(bare_install, code).splitlines()
+    assert str(bare_install) in place
+    assert "torch (native: no C++ compiler (no-such-compiler is not on PATH)" in choice
+    assert equal == "True"

@@ -1,0 +1,189 @@
+"""What must hold for every op, looped over the specs: right on every backend, well-behaved in torch.library."""
+
+import pytest
+import torch
+from rlhf_kernels.engine.check import check_case
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rlhf_kernels
+from rlhf_kernels.engine.spec import as_outputs, load_specs
+
+SPECS = load_specs()
+CHECKED_TIERS = ("smoke", "typical", "awkward")
+
+
+def _grid(backend):
+    """Parameters (op, case, dtype) of the ops that have this backend."""
+    return [
+        pytest.param(spec, case, dtype, id=f"{spec.name}-{case.name}-{str(dtype)[6:]}")
+        for spec in SPECS.values()
+        if backend in spec.op.declared()
+        for case in spec.cases
+        if case.tier in (CHECKED_TIERS if backend != "triton" else ("awkward",))
+        for dtype in case.dtypes
+    ]
+
+
+def _assert_correct(spec, case, dtype, backend):
+    rows = check_case(spec, case, dtype, backend)
+    assert rows
+    for row in rows:
+        assert row.status in ("ok", "unavailable"), f"{row.direction}: {row.reason}"
+    return rows
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), _grid("torch"))
+def test_torch_form_is_right(spec, case, dtype):
+    _assert_correct(spec, case, dtype, "torch")
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), _grid("native"))
+def test_native_is_right(spec, case, dtype):
+    rows = _assert_correct(spec, case, dtype, "native")
+    assert all(row.status == "ok" for row in rows), rows
+
+
+@pytest.mark.parametrize(
+    ("spec", "case", "dtype"),
+    [p for p in _grid("triton") if p.values[2] in (torch.float32, torch.float16)],
+)
+def test_interpreter_triton_is_right(spec, case, dtype):
+    rows = _assert_correct(spec, case, dtype, "triton")
+    assert all(row.status == "ok" for row in rows), rows
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the calls to this library's operators that go through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rlhf_kernels":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _smallest(spec):
+    """One small case per set of options."""
+    seen = {}
+    for case in spec.cases:
+        size = 1
+        for n in case.sizes.values():
+            size *= n
+        key = tuple(sorted((k, str(v)) for k, v in case.options.items()))
+        if 0 < size <= 1 << 16 and (key not in seen or size < seen[key][0]):
+            seen[key] = (size, case)
+    return [case for _, case in seen.values()]
+
+
+def _small_grid():
+    return [
+        pytest.param(spec, case, id=f"{spec.name}-{case.name}")
+        for spec in SPECS.values()
+        for case in _smallest(spec)
+        if torch.float32 in case.dtypes
+    ]
+
+
+def _inputs(spec, case, requires_grad=True):
+    inputs = spec.make(case, torch.float32, torch.Generator().manual_seed(1), torch.device("cpu"))
+    args = inputs.map(lambda t: t.detach().clone() if t.is_contiguous() else t.detach())
+    for name in inputs.wrt:
+        args.args[name] = args.args[name].requires_grad_(requires_grad)
+    return args
+
+
+@pytest.mark.parametrize(("spec", "case"), _small_grid())
+def test_opcheck(spec, case):
+    """Schema, fake kernel, autograd registration and AOT dispatch with static and dynamic shapes."""
+    inputs = _inputs(spec, case)
+    with _Recorder() as recorder:
+        spec.function(**inputs.args)
+    assert recorder.calls, f"{spec.name} did not reach its operator under a dispatch mode"
+    func = recorder.calls[0][0]
+    args = _positional(spec, func, recorder.calls[0])
+    torch.library.opcheck(
+        func, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
+    torch.library.opcheck(func, args, test_utils="test_aot_dispatch_static")
+    torch.library.opcheck(func, args, test_utils="test_aot_dispatch_dynamic")
+
+
+def _positional(spec, func, call):
+    """The recorded call with the differentiated tensors as leaves again (the mode sees them detached)."""
+    _, args, kwargs = call
+    assert not kwargs
+    first = True
+    result = []
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and arg.is_floating_point() and arg.dtype == torch.float32:
+            arg = arg.detach().requires_grad_(first)
+            first = False
+        result.append(arg)
+    return tuple(result)
+
+
+@pytest.mark.parametrize(("spec", "case"), _small_grid())
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_graph_breaks(spec, case, dynamic):
+    torch._dynamo.reset()
+    inputs = _inputs(spec, case)
+    options = {k: v for k, v in inputs.args.items() if not isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in inputs.args.items() if isinstance(v, torch.Tensor)}
+
+    def call(**given):
+        return as_outputs(spec.function(**given, **options))
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for got, want in zip(compiled(**tensors), call(**tensors)):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    wrt = [inputs.args[name] for name in inputs.wrt]
+    if wrt:
+        outputs = [o for o in compiled(**tensors) if o.requires_grad]
+        plain = [o for o in call(**tensors) if o.requires_grad]
+        gradients = torch.autograd.grad(outputs, wrt, [torch.ones_like(o) for o in outputs])
+        expected = torch.autograd.grad(plain, wrt, [torch.ones_like(o) for o in plain])
+        for got, want in zip(gradients, expected):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_second_derivative_is_refused_or_right(spec):
+    """A second differentiation must never give a silent zero."""
+    if not spec.differentiable:
+        pytest.skip(f"{spec.name} has no gradient")
+    inputs = _inputs(spec, _smallest(spec)[0])
+    wrt = [inputs.args[name] for name in inputs.wrt]
+    outputs = [o for o in as_outputs(spec.function(**inputs.args)) if o.requires_grad]
+    first = torch.autograd.grad(outputs, wrt, [torch.ones_like(o) for o in outputs], create_graph=True)
+    graded = [g for g in first if g.requires_grad]
+    if not graded:
+        return  # linear in every input: the second derivative is zero, and autograd says so
+    kernel = spec.op.choose(next(iter(inputs.tensors())))
+    if getattr(kernel, "DIFFERENTIABLE", False):
+        torch.autograd.grad([g.sum() for g in graded], wrt, allow_unused=True)
+        return
+    with pytest.raises(RuntimeError, match=r"once_differentiable|second derivative"):
+        torch.autograd.grad([g.sum() for g in graded], wrt, allow_unused=True)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_declared_backends_exist(spec):
+    for name in spec.op.declared():
+        module = (
+            spec.op.module(name)
+            if name != "native" or not rlhf_kernels.runtime.native.missing("_C")
+            else None
+        )
+        assert module is None or callable(module.forward)
+
+
+def test_public_surface():
+    """Names are added on purpose."""
+    assert sorted(rlhf_kernels.__all__) == list(rlhf_kernels.__all__) or rlhf_kernels.__all__
+    for name in rlhf_kernels.__all__:
+        assert hasattr(rlhf_kernels, name)
+    for spec in SPECS.values():
+        assert getattr(rlhf_kernels, spec.name) is spec.function

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Makes .venv and installs this package with everything its tests and demo need. Idempotent: a second run
+# returns at once; changed C++ or CUDA sources are rebuilt.
+#
+#   PYTHON=python3.12 bash tools/setup.sh     another interpreter
+#   TORCH="torch==2.12.0" bash tools/setup.sh another torch
+#
+# With a GPU, the torch already installed for $PYTHON is used (--system-site-packages) and nothing is downloaded
+# that it brings along. Without one, the CPU build of torch is installed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+TORCH_VERSION=${TORCH_VERSION:-2.13.0}
+TRITON_NEWEST=${TRITON_NEWEST:-triton==3.9.0}
+venv=.venv
+stamp=$venv/.installed
+wanted=$(cat pyproject.toml tools/setup.sh | cksum | cut -d' ' -f1)
+
+say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
+
+has_gpu_torch() { "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
+
+install_torch_cpu() {
+  local pip="$venv/bin/python -m pip install --quiet"
+  # The CPU build by its full name where an index or a local folder has it; then PyTorch's own index; then whatever
+  # the default index gives (on Linux that is the CUDA build: larger, and just as good).
+  $pip "torch==$TORCH_VERSION+cpu" 2>/dev/null ||
+    $pip --extra-index-url https://download.pytorch.org/whl/cpu "torch==$TORCH_VERSION+cpu" 2>/dev/null ||
+    $pip "torch==$TORCH_VERSION"
+}
+
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  if [ ! -x "$venv/bin/python" ]; then
+    if has_gpu_torch; then
+      say "making $venv on top of the torch of $PYTHON (it sees a GPU)"
+      "$PYTHON" -m venv --system-site-packages "$venv"
+    else
+      say "making $venv"
+      "$PYTHON" -m venv "$venv"
+    fi
+  fi
+  if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    say "installing torch $TORCH_VERSION (CPU)"
+    install_torch_cpu
+  fi
+  say "installing build and test dependencies"
+  "$venv/bin/python" -m pip install --quiet "setuptools>=77" ninja pybind11
+  "$venv/bin/python" -c 'import triton' 2>/dev/null || "$venv/bin/python" -m pip install --quiet triton==3.6.0
+  "$venv/bin/python" -m pip install --quiet "numpy<2.4" clang-format codespell
+  "$venv/bin/python" - <<'PY' | xargs -d '\n' "$venv/bin/python" -m pip install --quiet
+import re
+from pathlib import Path
+extras = re.findall(r'^(?:cli|report|test) = \[(.*)\]$', Path("pyproject.toml").read_text(), re.M)
+print("\n".join(sorted({item for line in extras for item in re.findall(r'"([^"]+)"', line)})))
+PY
+  rm -rf "$venv/triton-newest"
+  "$venv/bin/python" -m pip install --quiet --no-deps --target "$venv/triton-newest" "$TRITON_NEWEST" ||
+    say "no $TRITON_NEWEST for this interpreter: the interpreter tests run with one Triton only"
+fi
+
+# The sources decide whether to build: pip needs seconds to find out that there is nothing to do.
+sources=$(find csrc setup.py rlhf_kernels/_build_flags.py -type f 2>/dev/null | LC_ALL=C sort | xargs cat | cksum | cut -d' ' -f1)
+if [ "$(cat "$venv/.built" 2>/dev/null)" != "$sources" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  say "building and installing rlhf-kernels"
+  PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
+  echo "$sources" >"$venv/.built"
+fi
+echo "$wanted" >"$stamp"
