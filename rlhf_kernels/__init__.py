@@ -3,15 +3,18 @@
 Importing this needs torch alone. `explain("gae")` says which backend runs an op here and why.
 """
 
+from rlhf_kernels.ops.normalize import NORMALIZE_PRESETS, masked_normalize
 from rlhf_kernels.ops.swiglu import swiglu
 from rlhf_kernels.runtime.dispatch import BackendError, FallbackWarning, backend, explain
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "NORMALIZE_PRESETS",
     "BackendError",
     "FallbackWarning",
     "backend",
     "explain",
+    "masked_normalize",
     "swiglu",
 ]
