@@ -14,29 +14,19 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = Path("csrc")
 PACKAGE = ROOT / "rlhf_kernels"
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
-# Without errno and trapping arithmetic GCC vectorises the row loops. Never -ffast-math: at link time it
-# would switch the whole process to flush-to-zero.
-CXX_FLAGS = [
-    "-O3",
-    "-g0",
-    "-Wall",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp-simd",
-    "-fvisibility=hidden",
-]
-NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]
+FLAGS = runpy.run_path(str(PACKAGE / "_build_flags.py"))  # the guards compile with the same
+STABLE_ABI, CXX_FLAGS, NVCC_FLAGS = FLAGS["STABLE_ABI"], FLAGS["CXX_FLAGS"], FLAGS["NVCC_FLAGS"]
 
 skipped: dict[str, str] = {}
 
@@ -90,7 +80,7 @@ def torch_extensions() -> list:
             ["csrc/module.cpp", *sources("cuda.cu")],
             extra_compile_args={
                 "cxx": [*CXX_FLAGS, STABLE_ABI, "-DRK_MODULE=_C_cuda"],
-                "nvcc": [*NVCC_FLAGS, STABLE_ABI, "-DUSE_CUDA"],
+                "nvcc": list(NVCC_FLAGS),
             },
             **common,
         )
@@ -104,15 +94,13 @@ def host_extension() -> list:
     except ImportError:
         skipped["_host"] = "pybind11 is not installed: pip install pybind11 and reinstall"
         return []
-    from torch.utils.cpp_extension import CppExtension
-
     return [
-        CppExtension(
+        Extension(  # not torch's CppExtension, which would link torch
             "rlhf_kernels._host",
             ["csrc/host.cpp", *sources("host.cpp")],
             include_dirs=[str(ROOT / CSRC), pybind11.get_include()],
             extra_compile_args={"cxx": list(CXX_FLAGS)},
-            libraries=[],
+            language="c++",
             depends=depends(),
         )
     ]
