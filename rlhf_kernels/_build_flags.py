@@ -1,4 +1,4 @@
-"""Compiler flags of the native build. setup.py runs this file by path, and the guards compile with the same flags."""
+"""Compiler flags of the native build: setup.py runs this file by path, the guards compile with the same."""
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 
