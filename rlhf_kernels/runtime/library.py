@@ -69,6 +69,8 @@ class Operator:
         self.wrt = wrt
         self.shape_class = shape_class
         self.overload = _register(op.name, schema, self._run, fake)
+        kinds = [str(argument.type) for argument in self.overload._schema.arguments]
+        self.tensors = tuple(i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]"))
         self.function: type[torch.autograd.Function] | None = None
         if backward_schema:
             name = f"{op.name}_backward"
@@ -94,11 +96,11 @@ class Operator:
         if _compiling():
             return self.overload(*args)
         needs_grad = False
-        for arg in args:
-            kind = type(arg)
-            if kind in _PLAIN:
+        for i in self.tensors:
+            arg = args[i]
+            if type(arg) in _PLAIN:
                 needs_grad = needs_grad or arg.requires_grad
-            elif isinstance(arg, Tensor):
+            elif arg is not None:
                 return self.overload(*args)
         if _modes() or _transforms() is not None:
             return self.overload(*args)
