@@ -3,6 +3,7 @@
 Importing this needs torch alone. `explain("gae")` says which backend runs an op here and why.
 """
 
+from rlhf_kernels.ops.norm import layer_norm, rms_norm
 from rlhf_kernels.ops.normalize import NORMALIZE_PRESETS, masked_normalize
 from rlhf_kernels.ops.swiglu import swiglu
 from rlhf_kernels.runtime.dispatch import BackendError, FallbackWarning, backend, explain
@@ -15,6 +16,8 @@ __all__ = [
     "FallbackWarning",
     "backend",
     "explain",
+    "layer_norm",
     "masked_normalize",
+    "rms_norm",
     "swiglu",
 ]

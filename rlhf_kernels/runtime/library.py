@@ -47,6 +47,7 @@ class Operator:
         replay: backward's arguments -> (forward's arguments, gradients of its outputs), for kernels that are
             plain PyTorch and define no backward of their own.
         wrt: indices of the arguments that backward returns gradients of; an absent one gives an empty tensor.
+        wanted: backward's arguments -> which of `wrt` are asked for, where it can leave some out (as empty).
         shape_class: arguments -> what besides device and dtype decides the backend (a head size).
     """
 
@@ -62,11 +63,13 @@ class Operator:
         gradients: Callable[..., Sequence[Tensor | None]] | None = None,
         replay: Callable[..., tuple[Sequence[Any], Sequence[Tensor | None]]] | None = None,
         wrt: tuple[int, ...] = (0,),
+        wanted: Callable[..., Sequence[bool]] | None = None,
         shape_class: Callable[..., Hashable] | None = None,
     ) -> None:
         self.op = op
         self.replay = replay
         self.wrt = wrt
+        self.wanted = wanted
         self.shape_class = shape_class
         self.overload = _register(op.name, schema, self._run, fake)
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
@@ -89,7 +92,9 @@ class Operator:
         if hasattr(kernel, "backward"):
             return kernel.backward(*args)
         found = recomputed(kernel.forward, forward_args, grads)
-        results = tuple(forward_args[0].new_empty(0) if found[i] is None else found[i] for i in self.wrt)
+        wanted = self.wanted(*args) if self.wanted else (True,) * len(self.wrt)
+        asked = [found[i] if w else None for i, w in zip(self.wrt, wanted)]
+        results = tuple(forward_args[0].new_empty(0) if grad is None else grad for grad in asked)
         return results if len(results) > 1 else results[0]
 
     def __call__(self, *args: Any) -> Any:
@@ -129,7 +134,7 @@ def _define_autograd(name: str, setup_context: Any, gradients: Any, backward: An
     # Without a kernel for autograd, a second differentiation would silently give zero.
     def refuse(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
-            f"{name} has no second derivative on this backend: use `with rlhf_kernels.backend('torch'):`"
+            f"{name} has no second derivative on this backend: use `with rlhf_kernels.backend('reference'):`"
         )
 
     torch.library.register_autograd(f"rlhf_kernels::{name}_backward", refuse, lib=_LIBRARY)
@@ -151,6 +156,22 @@ def _eager_function(name: str, run: Any, run_backward: Any, setup: Any, gradient
     return type(f"{name}_function", (torch.autograd.Function,), members)
 
 
+def _autograd_keys() -> Any:
+    before = torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch._C._dispatch_tls_local_exclude_set() - before
+
+
+_AUTOGRAD_KEYS = _autograd_keys()
+
+
+def _autograd_active() -> Any:
+    """A guard that lets autograd record inside an operator too, where the dispatcher has left it out."""
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS)
+
+
 def recomputed(forward: Callable[..., Any], args: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Any]:
     """Gradients of a plain-PyTorch `forward`, one for each argument, by running it once more.
 
@@ -158,7 +179,7 @@ def recomputed(forward: Callable[..., Any], args: Sequence[Any], grads: Sequence
     are no floating-point tensors get None.
     """
     differentiable = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
-    with torch.enable_grad():
+    with torch.enable_grad(), _autograd_active():
         inputs = [a.detach().requires_grad_() if d else a for a, d in zip(args, differentiable)]
         outputs = forward(*inputs)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
@@ -166,7 +187,11 @@ def recomputed(forward: Callable[..., Any], args: Sequence[Any], grads: Sequence
         leaves = [a for a, d in zip(inputs, differentiable) if d]
         found = iter(
             torch.autograd.grad(
-                [o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+                [o for o, _ in pairs],
+                leaves,
+                [g for _, g in pairs],
+                allow_unused=True,
+                materialize_grads=True,
             )
             if pairs
             else [torch.zeros_like(leaf) for leaf in leaves]

@@ -1,0 +1,60 @@
+"""layer_norm and rms_norm in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DIFFERENTIABLE = True
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    center: bool,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own normalisation; in float32 as a whole where it would round what it must not."""
+    rows = (x if residual is None else x + residual).contiguous()
+    summed = x.new_empty(0) if residual is None else rows
+    # 1 + gamma does not fit into 16 bits, and CUDA's layer_norm takes parameters of x's dtype only.
+    as_given = weight.dtype == x.dtype and not weight_offset
+    dtype = x.dtype if as_given else torch.promote_types(x.dtype, torch.float32)
+    scale = weight.to(dtype) + weight_offset if weight_offset else weight.to(dtype)
+    if center:
+        shift = None if bias is None else bias.to(dtype)
+        out = F.layer_norm(rows.to(dtype), scale.shape, scale, shift, eps)
+    else:
+        out = F.rms_norm(rows.to(dtype), scale.shape, scale, eps)
+    return out.to(x.dtype), summed
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    weight_offset: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The plain form with the public function's signature."""
+    result = forward(x, weight, bias, residual, eps, weight_offset, True)
+    return result[0] if residual is None else result
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    weight_offset: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The plain form with the public function's signature."""
+    result = forward(x, weight, None, residual, eps, weight_offset, False)
+    return result[0] if residual is None else result

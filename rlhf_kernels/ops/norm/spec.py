@@ -1,0 +1,105 @@
+"""What the engine and the tests need to know of layer_norm and rms_norm."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_kernels.engine.spec import FLOAT_DTYPES, Case, Cost, Direction, Inputs, OpSpec, itemsize, randn
+from rlhf_kernels.ops.norm import kernel_torch, layer_norm, reference, rms_norm
+
+ALL_DTYPES = (*FLOAT_DTYPES, torch.float64)
+
+
+def _awkward(
+    name: str, n: int, e: int, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES, **options: object
+) -> Case:
+    return Case(f"{name}_{n}x{e}", {"N": n, "E": e}, options, "awkward", dtypes)
+
+
+# `bias`, `residual`: whether there is one; `memory`: the layout of x; `weight`: float32 whatever x is;
+# `shift`, `scale`: of the values. `weight_offset` and `eps` are arguments of the function.
+COMMON = (
+    Case("small_64x512", {"N": 64, "E": 512}, tier="smoke"),
+    Case("palm_2048x512", {"N": 2048, "E": 512}, {"weight_offset": 1.0}),
+    Case("wide_512x4096", {"N": 512, "E": 4096}),
+    Case("residual_512x4096", {"N": 512, "E": 4096}, {"residual": True}),
+    Case("large_8192x8192", {"N": 8192, "E": 8192}, {"residual": True}, tier="large"),
+    _awkward("one_element", 1, 1, ALL_DTYPES),
+    _awkward("ragged", 3, 1031, ALL_DTYPES),
+    _awkward("offset", 5, 77, ALL_DTYPES, weight_offset=1.0),
+    _awkward("residual", 5, 77, ALL_DTYPES, residual=True),
+    _awkward("residual_offset", 4, 130, residual=True, weight_offset=1.0),
+    _awkward("float32_weight", 7, 96, weight="float32"),
+    _awkward("strided", 7, 130, ALL_DTYPES, memory="strided"),
+    _awkward("strided_residual", 7, 130, memory="strided", residual=True),
+    _awkward("transposed", 7, 130, memory="transposed"),
+    _awkward("three_dimensions", 6, 64, memory="cube"),
+    _awkward("large_mean", 4, 513, (torch.float32, torch.float64), shift=1e3),
+    _awkward("constant", 3, 64, scale=0.0, shift=0.5),
+    _awkward("small", 3, 64, scale=1e-4, eps=1e-6),
+    _awkward("empty_rows", 0, 8, residual=True),
+    _awkward("empty_columns", 4, 0),
+)
+BIASED = (
+    Case("bias_1024x2048", {"N": 1024, "E": 2048}, {"bias": True}),
+    _awkward("bias", 5, 77, ALL_DTYPES, bias=True),
+    _awkward("bias_residual_offset", 4, 130, bias=True, residual=True, weight_offset=1.0, weight="float32"),
+)
+
+
+def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Inputs:
+    """Normal inputs in the layout that the case asks for; weights about 1 - weight_offset."""
+    n, e = case.sizes["N"], case.sizes["E"]
+    options = case.options
+    memory = options.get("memory")
+
+    def rows() -> torch.Tensor:
+        wide = randn((n, e + 3 * (memory == "strided")), torch.float32, generator, torch.device("cpu"))
+        wide = (wide * options.get("scale", 1.0) + options.get("shift", 0.0)).to(device, dtype)
+        if memory == "transposed":
+            return wide.t().contiguous().t()
+        return wide.view(2, n // 2, e).transpose(0, 1) if memory == "cube" else wide[:, wide.shape[1] - e :]
+
+    offset = options.get("weight_offset", 0.0)
+    parameter = torch.float32 if options.get("weight") == "float32" else dtype
+    args = {"x": rows(), "weight": randn((e,), parameter, generator, device) * 0.2 + (1.0 - offset)}
+    if options.get("bias"):
+        args["bias"] = randn((e,), parameter, generator, device)
+    if options.get("residual"):
+        args["residual"] = rows()
+    wrt = tuple(args)
+    return Inputs(args | {name: options[name] for name in ("weight_offset", "eps") if name in options}, wrt)
+
+
+def cost(case: Case, dtype: torch.dtype, direction: Direction) -> Cost:
+    """Forward reads the rows and writes the result; backward reads both and writes one more."""
+    n = case.sizes["N"] * case.sizes["E"]
+    residual = bool(case.options.get("residual"))
+    tensors = 2 + 2 * residual if direction == "forward" else 3 + residual
+    return Cost(flops=n * (8 if direction == "forward" else 14), bytes=n * itemsize(dtype) * tensors)
+
+
+SPECS = (
+    OpSpec(
+        name="layer_norm",
+        family="norm",
+        summary="mean 0, variance 1, weight; after adding a residual",
+        function=layer_norm,
+        reference=reference.layer_norm,
+        torch_form=kernel_torch.layer_norm,
+        make=make,
+        cost=cost,
+        cases=(*COMMON, *BIASED),
+    ),
+    OpSpec(
+        name="rms_norm",
+        family="norm",
+        summary="mean square 1, weight; after adding a residual",
+        function=rms_norm,
+        reference=reference.rms_norm,
+        torch_form=kernel_torch.rms_norm,
+        make=make,
+        cost=cost,
+        cases=COMMON,
+    ),
+)
