@@ -17,8 +17,9 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -64,12 +65,19 @@ def _parse(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
+class Override(NamedTuple):
+    """What holds inside a `with` block; part of the key under which choices are remembered."""
+
+    backends: tuple[tuple[str, str], ...] = ()
+    strict: bool = False
+
+
 OPS: dict[str, Op] = {}
-_override: ContextVar[tuple[tuple[str, str], ...] | None] = ContextVar("rlhf_kernels_backend", default=None)
+_override: ContextVar[Override | None] = ContextVar("rlhf_kernels_backend", default=None)
 _warned: set[str] = set()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _environment() -> tuple[tuple[str, str], ...]:
     try:
         return _parse(os.environ.get("RLHF_KERNELS_BACKEND", ""))
@@ -78,23 +86,25 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 
 def strict() -> bool:
-    """Whether a fall-back is an error (RLHF_KERNELS_STRICT=1)."""
-    return os.environ.get("RLHF_KERNELS_STRICT", "") not in ("", "0")
+    """Whether a fall-back is an error: RLHF_KERNELS_STRICT=1, or `backend(..., strict=True)`."""
+    held = _override.get()
+    return (held is not None and held.strict) or os.environ.get("RLHF_KERNELS_STRICT", "") not in ("", "0")
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: str, *, strict: bool = False) -> Iterator[None]:
     """Runs ops on one backend inside a `with` block: `backend("torch")`, `backend("gae=native")`.
 
     Args:
         name: a backend for all ops, or comma-separated `op=backend` pairs.
+        strict: raises BackendError where a backend cannot run, instead of falling back with a warning.
 
     Raises:
         ValueError: no such backend or op.
     """
     if not isinstance(name, str):
         raise TypeError(f"backend(): expected a name such as 'torch', got {type(name).__name__}")
-    token = _override.set(_parse(name))
+    token = _override.set((_override.get() or Override())._replace(backends=_parse(name), strict=strict))
     try:
         yield
     finally:
@@ -106,7 +116,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
 
 
-@lru_cache(maxsize=None)
+@cache
 def unavailable(name: str, device: str) -> str | None:
     """Why backend `name` cannot run on this device type, or None."""
     if name in ("torch", "reference"):
@@ -163,7 +173,9 @@ class Op:
         default = "reference" if name == "reference" else f"kernel_{name}"
         return importlib.import_module(f"{self.room}.{self.modules.get(name, default)}")
 
-    def unsupported(self, name: str, device: str, dtype: torch.dtype, shape_class: Hashable = None) -> str | None:
+    def unsupported(
+        self, name: str, device: str, dtype: torch.dtype, shape_class: Hashable = None
+    ) -> str | None:
         """Why backend `name` cannot serve these inputs, or None."""
         if name not in self.declared():
             return f"{self.name} has no {name} kernel"
@@ -182,7 +194,7 @@ class Op:
 
     def decide(self, device: str, dtype: torch.dtype, shape_class: Hashable = None) -> Choice:
         """Goes through the preferences; warns, or raises in strict mode, when the first cannot run."""
-        wanted = dict(_environment()) | dict(_override.get() or ())
+        wanted = dict(_environment()) | dict((_override.get() or Override()).backends)
         asked = wanted.get(self.name, wanted.get("*"))
         preferred = [asked] if asked else []
         if device == "cpu" and interpreted() and "triton" in self.declared() and not asked:
@@ -203,10 +215,12 @@ class Op:
     def _fell_back(self, name: str, device: str, why: str) -> None:
         message = f"{self.name} on {device} runs on the {name} backend, because {why}"
         if strict():
-            raise BackendError(f"{message}. RLHF_KERNELS_STRICT is set: mend the reason, or unset it.")
+            raise BackendError(f"{message}. Strict mode forbids that: mend the reason, or leave strict mode.")
         if message not in _warned:
             _warned.add(message)
-            warnings.warn(f"{message}. RLHF_KERNELS_STRICT=1 makes this an error.", FallbackWarning, stacklevel=5)
+            warnings.warn(
+                f"{message}. RLHF_KERNELS_STRICT=1 makes this an error.", FallbackWarning, stacklevel=5
+            )
 
 
 def explain(op: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Choice:

@@ -1,0 +1,319 @@
+"""Correctness of one implementation at one case: the gate before any time is shown.
+
+The definition runs in float64 on the inputs as the low precision holds them. The yardstick is plain PyTorch
+at the same dtype against the same definition. An implementation passes when, for every output and every
+gradient,
+
+    max |got - definition|  <=  2 * max |yardstick - definition|  +  floor * ulp * max |definition|
+
+with the spec's floor and the unit in the last place of the tensor's own dtype. Integers equal the definition
+or the yardstick. Besides: shape, dtype, device and kind are those of the yardstick; new memory is full of NaN
+while it runs; no byte of an input changes; a second run gives the same bits.
+
+    rows = check_case(spec, spec.case("small_64x512"), torch.float32, "native")
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.engine.poison import poisoned
+from rlhf_kernels.engine.row import Row, dtype_name
+from rlhf_kernels.engine.spec import Case, Direction, Inputs, OpSpec, as_outputs
+from rlhf_kernels.runtime.dispatch import BackendError, interpreted
+from rlhf_kernels.runtime.dispatch import backend as use_backend
+
+# The interpreter takes seconds for a million elements, and its bfloat16 arithmetic is wrong.
+INTERPRETED_TIERS = ("smoke", "awkward")
+INTERPRETED_BYTES = 2 << 20
+INTERPRETED_DTYPES = (torch.float32, torch.float16)
+# Elements compared at a time: temporaries that stay in the cache.
+_CHUNK = 1 << 17
+
+
+class Unsupported(RuntimeError):
+    """Raised by an implementation that cannot serve these inputs; the row becomes `unavailable`."""
+
+
+@dataclass
+class Result:
+    """What one call gave: outputs, and the gradient of each differentiated argument."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def named(self, direction: Direction) -> list[tuple[str, Tensor]]:
+        """The tensors that a direction is judged by."""
+        if direction == "backward":
+            return [(f"the gradient of {name}", t) for name, t in self.gradients.items()]
+        several = len(self.outputs) > 1
+        return [(f"output {i}" if several else "the output", t) for i, t in enumerate(self.outputs)]
+
+
+def run(function: Callable[..., Any], inputs: Inputs, upstream: Sequence[Tensor] = ()) -> Result:
+    """Calls `function` on `inputs`; with `upstream`, a gradient for each output, also differentiates.
+
+    Leaves share the memory of the inputs and so keep their strides; a random generator is cloned, so that
+    every call draws the same numbers.
+    """
+    args = {name: _clone_generator(value) for name, value in inputs.args.items()}
+    leaves = {name: args[name].detach().requires_grad_() for name in inputs.wrt} if upstream else {}
+    outputs = as_outputs(function(**args | leaves))
+    if not leaves:
+        return Result(outputs)
+    pairs = [(out, grad) for out, grad in zip(outputs, upstream) if out.requires_grad]
+    if not pairs:
+        raise RuntimeError("no output requires a gradient, although inputs do")
+    found = torch.autograd.grad(
+        [out for out, _ in pairs], list(leaves.values()), [grad for _, grad in pairs],
+        allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
+    return Result(tuple(out.detach() for out in outputs), dict(zip(leaves, found)))
+
+
+class Judge:
+    """Inputs, definition and yardstick of one case, computed once, against which implementations are held.
+
+    Args:
+        spec, case, dtype, device: what is called, on which inputs.
+        slack: factor on what is granted. 1 for our own kernels; a foreign function is only asked whether it
+            does the same thing.
+    """
+
+    def __init__(
+        self,
+        spec: OpSpec,
+        case: Case,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        slack: float = 1.0,
+    ) -> None:
+        self.spec, self.case, self.dtype, self.device = spec, case, dtype, torch.device(device)
+        self.slack = slack
+        self.generator = torch.Generator().manual_seed(zlib.crc32(f"{spec.name}/{case.name}".encode()))
+        self.inputs = spec.make(case, dtype, self.generator, self.device)
+        self.differentiable = bool(self.inputs.wrt)
+        both: tuple[Direction, ...] = ("forward", "backward")
+        self.directions = both if self.differentiable else both[:1]
+
+    @cached_property
+    def checked(self) -> tuple[Inputs, Callable[[Tensor], Tensor]]:
+        """The part of the inputs that the definition sees, and how an output is cut down to it."""
+        if self.case.checked is None:
+            return self.inputs, lambda output: output
+        return self.spec.narrow(self.inputs, self.case.checked)
+
+    @cached_property
+    def upstream(self) -> tuple[Tensor, ...]:
+        """A fixed random gradient for each output of the whole case; empty without a differentiated input."""
+        if not self.differentiable:
+            return ()
+        outputs = as_outputs(self.spec.torch_form(**self.inputs.args))
+        return tuple(self._noise(out) for out in outputs)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        noise = torch.randn(like.shape, generator=self.generator)
+        return noise.to(device=like.device, dtype=like.dtype if like.is_floating_point() else torch.float32)
+
+    @cached_property
+    def narrow_upstream(self) -> tuple[Tensor, ...]:
+        """The same gradients for the checked part."""
+        return tuple(self.checked[1](grad) for grad in self.upstream)
+
+    @cached_property
+    def reference(self) -> Result:
+        """The definition in float64."""
+        inputs = self.checked[0].map(_to_float64)
+        return run(self.spec.reference, inputs, tuple(_to_float64(g) for g in self.narrow_upstream))
+
+    @cached_property
+    def yardstick(self) -> Result:
+        """Plain PyTorch at the case's dtype."""
+        return run(self.spec.torch_form, self.checked[0], self.narrow_upstream)
+
+    def rows(
+        self,
+        impl: str,
+        function: Callable[..., Any],
+        directions: Sequence[Direction] | None = None,
+        repeat: bool = True,
+    ) -> list[Row]:
+        """Calls `function` as the op and judges it, a row a direction; `repeat` asks for equal bits twice."""
+        wanted = [d for d in self.directions if directions is None or d in directions]
+        upstream = self.upstream if "backward" in wanted else ()
+        try:
+            result, complaint = self._observe(function, upstream, repeat)
+        except (BackendError, Unsupported) as refusal:
+            return [self.row(impl, d).failed("unavailable", str(refusal)) for d in wanted]
+        except Exception as error:  # whatever an implementation raises is its result
+            reason = f"{type(error).__name__}: {error}".strip()
+            return [self.row(impl, d).failed("error", reason) for d in wanted]
+        return [self._judge(impl, d, result, complaint) for d in wanted]
+
+    def row(self, impl: str, direction: str) -> Row:
+        """An empty row of this case."""
+        return Row(self.spec.name, impl, self.case.name, dtype_name(self.dtype), direction, self.device.type)
+
+    def _observe(
+        self, function: Callable[..., Any], upstream: Sequence[Tensor], repeat: bool
+    ) -> tuple[Result, str]:
+        """The result of a call in poisoned memory, and what was wrong with its manners."""
+        likes = [*self.yardstick.outputs, *self.yardstick.gradients.values()]
+        before = _snapshot(self.inputs)
+        with poisoned(self.device, likes):
+            result = run(function, self.inputs, upstream)
+        if any(not torch.equal(now, then) for now, then in zip(_bytes_of(self.inputs), before)):
+            return result, "it wrote to its inputs"
+        if repeat:
+            again = run(function, self.inputs, upstream)
+            for direction in self.directions:
+                for (name, first), (_, second) in zip(result.named(direction), again.named(direction)):
+                    if not _same_bits(first, second):
+                        return result, f"a second run gave other bits in {name}"
+        return result, ""
+
+    def _judge(self, impl: str, direction: Direction, result: Result, complaint: str) -> Row:
+        row = self.row(impl, direction)
+        got, want, yard = (r.named(direction) for r in (result, self.reference, self.yardstick))
+        if len(got) != len(want):
+            return row.failed("incorrect", f"{len(got)} outputs, expected {len(want)}")
+        worst = -1.0
+        for (name, g), (_, w), (_, y) in zip(got, want, yard):
+            g = self._part(name, g, direction)
+            if odd := _unlike(name, g, y):
+                return row.failed("incorrect", odd)
+            error, allowed = deviation(g, w, y, self.spec.floor)
+            allowed *= self.slack
+            excess = error / allowed if allowed else (math.inf if error else 0.0)
+            if excess > worst or math.isnan(excess):
+                worst, row.error, row.allowed = excess, error, allowed
+                row.reason = f"{name} is off by {error:.3g}, allowed is {allowed:.3g}"
+        if not worst <= 1:
+            return row.failed("incorrect", row.reason)
+        row.reason = ""
+        return row.failed("incorrect", complaint) if complaint else row
+
+    def _part(self, name: str, tensor: Tensor, direction: Direction) -> Tensor:
+        """The checked part; a gradient is cut as the argument that it belongs to."""
+        if self.case.checked is None:
+            return tensor
+        if direction == "forward":
+            return self.checked[1](tensor)
+        name = name.removeprefix("the gradient of ")
+        return self.spec.narrow(Inputs({**self.inputs.args, name: tensor}), self.case.checked)[0].args[name]
+
+
+def deviation(got: Tensor, want: Tensor, yard: Tensor, floor: float) -> tuple[float, float]:
+    """Largest error of `got` against `want`, and what is granted; the formula stands at the top of this file.
+
+    Where the yardstick itself overflowed, `got` may do as it did; infinities and NaN elsewhere must be those
+    of `want`.
+    """
+    if not got.is_floating_point():
+        return float(((got != want.to(got.dtype)) & (got != yard)).sum()), 0.0
+    error = yard_error = largest = 0.0
+    for g, w, y in zip(*(t.reshape(-1).split(_CHUNK) for t in (got, want, yard))):
+        if g.numel() == 0:
+            continue
+        overflowed = ~torch.isfinite(y)
+        excused = overflowed & ((g == y) | (g.isnan() & y.isnan()))
+        error = max(error, _distance(g.double(), w).masked_fill(excused, 0.0).max().item())
+        yard_error = max(yard_error, _distance(y.double(), w).masked_fill(overflowed, 0.0).max().item())
+        largest = max(largest, w.abs().masked_fill(~torch.isfinite(w), 0.0).max().item())
+    return error, 2 * yard_error + floor * torch.finfo(got.dtype).eps * largest
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|: 0 where both are the same infinity or NaN, infinite where only one is not finite."""
+    difference = (a - b).abs().nan_to_num(nan=math.inf)
+    return difference.masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
+
+
+def _unlike(name: str, got: Tensor, like: Tensor) -> str:
+    """How `got` differs from `like` in kind, dtype, shape or device; empty where it does not."""
+    if type(got) is not Tensor:
+        return f"{name} is a {type(got).__name__}, expected a plain tensor"
+    if (got.dtype, got.shape, got.device) == (like.dtype, like.shape, like.device):
+        return ""
+    kinds = [f"{dtype_name(t.dtype)} {tuple(t.shape)} on {t.device}" for t in (got, like)]
+    return f"{name} is {kinds[0]}, expected {kinds[1]}"
+
+
+def _to_float64(t: Tensor) -> Tensor:
+    return t.detach().double() if t.is_floating_point() else t
+
+
+def _clone_generator(value: Any) -> Any:
+    if not isinstance(value, torch.Generator):
+        return value
+    return torch.Generator(value.device).set_state(value.get_state())
+
+
+def _bytes_of(inputs: Inputs) -> Iterator[Tensor]:
+    """The whole memory under each input, the gaps of a strided one included."""
+    for t in inputs.tensors():
+        storage = t.untyped_storage()
+        yield torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage, 0, (storage.nbytes(),))
+
+
+def _snapshot(inputs: Inputs) -> list[Tensor]:
+    return [memory.clone() for memory in _bytes_of(inputs)]
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    def raw(t: Tensor) -> Tensor:
+        return t.contiguous().reshape(-1).view(torch.uint8)
+
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(raw(a), raw(b))
+
+
+def refusal(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, device: str) -> str | None:
+    """Why a backend is not checked at this case, although it may run: the interpreter's limits."""
+    if device != "cpu" or backend != "triton" or not interpreted():
+        return None
+    if dtype not in INTERPRETED_DTYPES:
+        return f"the interpreter is right in float32 and float16 only, not in {dtype_name(dtype)}"
+    size = spec.cost(case, dtype, "forward").bytes
+    if case.tier not in INTERPRETED_TIERS or size > INTERPRETED_BYTES:
+        return f"the interpreter is too slow for the {case.tier} case {case.name} of {size / 2**20:.1f} MiB"
+    return None
+
+
+def check_case(
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    device: str | torch.device = "cpu",
+    directions: Sequence[Direction] | None = None,
+    judge: Judge | None = None,
+) -> list[Row]:
+    """Holds one backend of an op against its definition at one case and dtype.
+
+    Args:
+        spec, case, dtype: what is checked; a dtype that the case does not list works as well.
+        backend: one of the op's declared backends, run strictly: a fall-back counts as `unavailable`.
+        device: where.
+        directions: a part of ("forward", "backward"); None is all that the case has.
+        judge: what an earlier call computed for the same case, dtype and device.
+
+    Returns:
+        One row a direction: ok, incorrect, unavailable or error, with the reason.
+    """
+    judge = judge or Judge(spec, case, dtype, device)
+    kind = judge.device.type
+    reason = spec.op.unsupported(backend, kind, dtype) or refusal(spec, case, dtype, backend, kind)
+    if reason:
+        wanted = [d for d in judge.directions if directions is None or d in directions]
+        return [judge.row(backend, d).failed("unavailable", reason) for d in wanted]
+    with use_backend(f"{spec.name}={backend}", strict=True):
+        twice = not (backend == "triton" and kind == "cpu")  # the interpreter has no order to get wrong
+        return judge.rows(backend, spec.function, directions, repeat=twice)
