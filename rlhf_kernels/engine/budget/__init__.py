@@ -1,0 +1,182 @@
+"""Guards that need no GPU: what compilers and counters say of every kernel, held to committed budgets.
+
+    rows = run(["swiglu"], targets=["sm_90"])        rlhf-kernels budget swiglu --target sm_90
+
+Three kinds of kernels: `triton` (every declared configuration, compiled for every target), `cuda` (every
+csrc/*/cuda.cu, by nvcc) and `host` (instructions of the CPU row kernels, by callgrind). A budget may only
+tighten; loosening one takes a reason, which goes into the changelog. A spill, a missing matrix instruction or
+too much shared memory fails whatever the budget says.
+
+Nothing is timed or run on a GPU: a kernel within its budget may still be slow or wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_kernels.engine.budget import callgrind, cuda, triton_kernels
+from rlhf_kernels.engine.budget.ledger import DIRECTORY, Ledger, excess, note_in_changelog
+from rlhf_kernels.engine.budget.measured import CSRC, ROOT, Measured
+from rlhf_kernels.engine.spec import TARGETS as GPU_TARGETS
+from rlhf_kernels.engine.spec import OpSpec, load_specs
+
+# Each kind is a module with owners, missing, tool and measure.
+KINDS = {"triton": triton_kernels, "cuda": cuda, "host": callgrind}
+TARGETS = (*GPU_TARGETS, callgrind.LEVEL)
+
+
+def run(
+    ops: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    kinds: Sequence[str] = (),
+    update: bool = False,
+    reason: str = "",
+    *,
+    package: str = "rlhf_kernels.ops",
+    directory: Path = DIRECTORY,
+    changelog: Path = ROOT / "CHANGELOG.md",
+) -> list[dict[str, Any]]:
+    """Measures kernels and compares them with their budgets.
+
+    Args:
+        ops: names of ops; none means all.
+        targets: some of TARGETS; none means all.
+        kinds: some of KINDS; none means all.
+        update: write the new figures down. Tightening and first budgets are free.
+        reason: why budgets are loosened; written to the changelog.
+        package: where the specs are.
+        directory: where the budgets are.
+        changelog: where a reason goes.
+
+    Returns:
+        One row a kernel, configuration and target: op, impl, case, device, status, reason, the figures with
+        their `budget`, and notes. Status is ok, incorrect (over budget, or a fault), unavailable or error.
+
+    Raises:
+        ValueError: an unknown op, target or kind; `update` would loosen and no reason is given.
+    """
+    specs = load_specs(package)
+    chosen = [specs[name] for name in _known("op", ops, specs)]
+    targets, kinds = _known("target", targets, TARGETS), _known("kind", kinds, KINDS)
+    if update and not CSRC.is_dir():
+        raise ValueError("budgets are updated in a checkout of the sources, and this is an installed package")
+    tools = {kind: KINDS[kind].tool() for kind in kinds if KINDS[kind].missing() is None}
+    measured = [one for kind in kinds for one in _measure(kind, chosen, targets, package)]
+
+    rows: list[dict[str, Any]] = []
+    loosened: list[str] = []
+    ledgers = [Ledger.load(family, directory) for family in sorted({spec.family for spec in chosen})]
+    for ledger in ledgers:
+        family = ledger.path.stem
+        own = [one for one in measured if one.family == family]
+        asked = {spec.name for spec in chosen if spec.family == family} | {family}
+        gone = [
+            key
+            for key in _gone(ledger, own, tools)
+            if _owner(key).op in asked and _owner(key).target in targets
+        ]
+        if update:
+            loosened += _update(ledger, own, gone, tools)
+            gone = []
+        rows += [_row(one, ledger, tools) for one in own] + [_gone_row(key, ledger) for key in gone]
+    if loosened and not reason:
+        more = f" and {len(loosened) - 1} more" if loosened[1:] else ""
+        raise ValueError(
+            f'budgets would loosen: {loosened[0]}{more}. Say why with --reason "...", for CHANGELOG.md'
+        )
+    if loosened:
+        note_in_changelog(changelog, loosened, reason)
+    for ledger in ledgers if update else ():
+        ledger.save()
+    return rows
+
+
+def exit_code(rows: Iterable[dict[str, Any]]) -> int:
+    """0 within budget, 1 over it, 2 where a kernel does not compile. What is unavailable was not judged."""
+    statuses = {row["status"] for row in rows}
+    return 2 if "error" in statuses else 1 if "incorrect" in statuses else 0
+
+
+def _known(what: str, given: Sequence[str], known: Iterable[str]) -> list[str]:
+    names = list(known)
+    for name in given:
+        if name not in names:
+            raise ValueError(f"unknown {what} {name!r}: expected one of {', '.join(names)}")
+    return list(given) or names
+
+
+def _measure(kind: str, specs: list[OpSpec], targets: list[str], package: str) -> list[Measured]:
+    """Every kernel of a kind; where that is impossible, one row an op (or family) that says why."""
+    status, why = "unavailable", KINDS[kind].missing()
+    if why is None:
+        try:
+            return list(KINDS[kind].measure(specs, targets, package))
+        except RuntimeError as error:
+            status, why = "error", str(error)
+    owners = KINDS[kind].owners(specs)
+    return [Measured(family, op, kind, "all", "all", status=status, reason=why) for family, op in owners]
+
+
+def _gone(ledger: Ledger, measured: list[Measured], tools: dict[str, str]) -> list[str]:
+    """Budgets that no kernel answers to any more, among the kinds and ops that were measured in full."""
+    keys = {one.key for one in measured}
+    failed = {(one.kind, one.op) for one in measured if one.target == "all"}
+    owners = {key: _owner(key) for key in ledger.budgets if key not in keys}
+    return [key for key, one in owners.items() if one.kind in tools and (one.kind, one.op) not in failed]
+
+
+def _owner(key: str) -> Measured:
+    """The kernel that a budget's name speaks of."""
+    op, _, rest = key.partition("/")
+    name, _, target = rest.rpartition("/")
+    kind = name.partition("/")[0]
+    return Measured("", op, kind if kind in ("cuda", "host") else "triton", name, target)
+
+
+def _update(ledger: Ledger, measured: list[Measured], gone: list[str], tools: dict[str, str]) -> list[str]:
+    """Writes figures into the ledger; returns what is loosened by that."""
+    fit = [one for one in measured if one.status == "ok" and not one.faults]
+    kept = set(ledger.budgets) - {one.key for one in measured} - set(gone)
+    own_tools = {one.kind: tools[one.kind] for one in fit}
+    for kind, tool in own_tools.items():
+        recorded = ledger.tools.get(kind, tool)
+        if recorded != tool and any(_owner(key).kind == kind for key in kept):
+            raise ValueError(
+                f"{ledger.path.name} was recorded with {recorded}, this is {tool}: "
+                f"update all its {kind} kernels at once, without naming ops or targets"
+            )
+    return ledger.update(fit, gone, own_tools)
+
+
+def _row(one: Measured, ledger: Ledger, tools: dict[str, str]) -> dict[str, Any]:
+    budget, recorded = ledger.budgets.get(one.key), ledger.tools.get(one.kind)
+    status, why = one.status, one.reason
+    if status == "ok" and one.faults:
+        status, why = "incorrect", "; ".join(one.faults)
+    elif status == "ok" and budget is None:
+        status, why = "incorrect", f"no budget is recorded: rlhf-kernels budget {one.op} --update"
+    elif status == "ok" and recorded != tools[one.kind]:
+        status, why = (
+            "unavailable",
+            f"the budget is {recorded}'s, and this is {tools[one.kind]}: not compared",
+        )
+    elif status == "ok" and (broken := excess(one.figures, budget)):
+        status, why = "incorrect", "; ".join(broken)
+    row = {
+        "op": one.op,
+        "impl": one.kind,
+        "case": one.name,
+        "device": one.target,
+        "status": status,
+        "reason": why,
+    }
+    return row | dict(one.figures) | dict(one.notes) | {"budget": budget}
+
+
+def _gone_row(key: str, ledger: Ledger) -> dict[str, Any]:
+    one = _owner(key)
+    why = f"budgeted in {ledger.path.name}, but no longer declared: drop it with --update and a --reason"
+    row = {"op": one.op, "impl": one.kind, "case": one.name, "device": one.target}
+    return row | {"status": "incorrect", "reason": why, "budget": ledger.budgets[key]}

@@ -1,0 +1,143 @@
+"""What a target offers, and what machine code says: registers, spills, matrix instructions, width of loads.
+
+Registers and SASS are read with cuobjdump and nvdisasm, which Triton's package brings along; AMD's assembly
+carries its own numbers. Figures are what a budget holds; notes are shown beside them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One target's limits. A warp is a wave on AMD, a multiprocessor a compute unit.
+
+    Attributes:
+        matrix: the matrix instruction that a kernel must show to run at full speed here.
+        pattern: what its opcodes look like.
+        registers: 32-bit registers of a multiprocessor (of the four SIMDs together on AMD).
+        register_unit: registers of one thread are handed out in multiples of this.
+        warp: threads of a warp.
+        warps: most resident warps of a multiprocessor.
+        shared: bytes of shared memory of a multiprocessor.
+        shared_block: most bytes that one block may have.
+        shared_reserved: bytes that the system takes of every block.
+    """
+
+    matrix: str
+    pattern: str
+    registers: int
+    register_unit: int
+    warp: int
+    warps: int
+    shared: int
+    shared_block: int
+    shared_reserved: int
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA, 3.6.4 and 11.
+MACHINES = {
+    "sm_80": Machine("HMMA", "HMMA", 65536, 8, 32, 64, 167936, 166912, 1024),
+    "sm_90": Machine("HGMMA", "HGMMA", 65536, 8, 32, 64, 233472, 232448, 1024),
+    "sm_100": Machine("UTCHMMA", "UTC[A-Z]*MMA", 65536, 8, 32, 64, 233472, 232448, 1024),
+    "gfx942": Machine("MFMA", "V_S?MFMAC?", 131072, 8, 64, 32, 65536, 65536, 0),
+}
+_BLOCKS = 32  # most resident blocks of a multiprocessor
+
+_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_SASS_LOAD = re.compile(r"LDG|LD\.E|LDGSTS")
+_SASS_WIDTH = re.compile(r"\.(128|64|[US]16|[US]8)(?:\.|$)")
+_AMD = re.compile(r"^\s+([a-z]\w+)\s", re.MULTILINE)
+_AMD_LOAD = re.compile(r"(?:global|buffer)_load_\w*?(dwordx4|dwordx3|dwordx2|dword|[us]?short|[us]byte)")
+_AMD_WIDTH = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
+
+
+def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
+    """Share of the resident warps that registers and shared memory of one block of `warps` warps allow."""
+    m = MACHINES[target]
+    per_thread = max(1, -(-registers // m.register_unit)) * m.register_unit
+    resident = m.registers // (per_thread * m.warp)  # warps
+    resident -= resident % 4  # warps are spread over four schedulers
+    blocks = min(_BLOCKS, m.warps // warps, resident // warps, m.shared // max(1, shared + m.shared_reserved))
+    return blocks * warps / m.warps
+
+
+def read_sass(sass: str, target: str) -> tuple[dict[str, int], dict[str, Any]]:
+    """Figures and notes of a disassembled kernel: local memory counts as spilled."""
+    opcodes = _SASS.findall(sass)
+    families = Counter(opcode.split(".")[0] for opcode in opcodes)
+    loads = Counter(_sass_width(opcode) for opcode in opcodes if _SASS_LOAD.match(opcode))
+    figures = _figures(families, loads, target) | {"spills": families["STL"] + families["LDL"]}
+    return figures, _notes(families, loads) | {"bulk_loads": families["UTMALDG"]}
+
+
+def read_cubin(cubin: Path, tools: Path, target: str) -> tuple[dict[str, int], dict[str, Any]]:
+    """Figures and notes of a cubin; RuntimeError where the tools fail."""
+    text = _run(tools / "cuobjdump", "-res-usage", "-sass", cubin)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump gave no resource usage for {target}: {text[:200]!r}")
+    figures, notes = read_sass(text, target)
+    return figures | {"registers": int(usage[1])}, notes | {"stack": int(usage[2])}
+
+
+def read_amdgcn(assembly: str, target: str) -> tuple[dict[str, int], dict[str, Any]]:
+    """Figures and notes of AMD assembly. Spilled SGPRs go to lanes of VGPRs, not to memory: noted only."""
+    opcodes = _AMD.findall(assembly)
+    families = Counter(opcode.split("_")[0].upper() for opcode in opcodes)
+    families.update("_".join(opcode.upper().split("_")[:2]) for opcode in opcodes)
+    widths = (_AMD_LOAD.match(opcode) for opcode in opcodes)
+    loads = Counter(_AMD_WIDTH.get(found[1], 8 if "byte" in found[1] else 16) for found in widths if found)
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    scratch = number("private_segment_fixed_size")
+    spills = {"registers": number("vgpr_count"), "spills": max(number("vgpr_spill_count"), scratch // 4)}
+    notes = {"sgpr_spills": number("sgpr_spill_count"), "stack": scratch}
+    return _figures(families, loads, target) | spills, _notes(families, loads) | notes
+
+
+def faults(target: str, figures: dict[str, int], tensor_core: bool, serialized: bool) -> Iterable[str]:
+    """What no budget excuses in a configuration that may be chosen: one sentence each."""
+    m = MACHINES[target]
+    if figures["spills"]:
+        yield f"{figures['spills']} spills on {target}: take a smaller tile, more warps or fewer stages"
+    if figures["shared"] > m.shared_block:
+        yield f"{figures['shared']} bytes of shared memory, {target} has {m.shared_block}: fewer stages"
+    if tensor_core and not figures["tensor_core"]:
+        yield f"no {m.matrix} on {target}: that takes 16 bits and, from sm_90 on, a row tile of 64 or more"
+    if serialized:
+        yield f"ptxas serialised the matrix instructions on {target}: accumulators do not fit in registers"
+
+
+def _figures(families: Counter, loads: Counter, target: str) -> dict[str, int]:
+    matrix = re.compile(MACHINES[target].pattern)
+    return {
+        "tensor_core": sum(n for name, n in families.items() if matrix.fullmatch(name)),
+        "narrow_loads": sum(n for width, n in loads.items() if width < 128),
+    }
+
+
+def _notes(families: Counter, loads: Counter) -> dict[str, Any]:
+    matrix = {name: n for name, n in families.items() if re.fullmatch(r"\w*MMA|V_S?MFMAC?", name)}
+    return {"loads": {str(width): loads[width] for width in sorted(loads, reverse=True)}, "matrix": matrix}
+
+
+def _sass_width(opcode: str) -> int:
+    found = _SASS_WIDTH.search(opcode)
+    return int(found[1].lstrip("US")) if found else 32
+
+
+def _run(*command: Any) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()[:300]}")
+    return done.stdout

@@ -1,0 +1,93 @@
+"""What a compiler or a counter says of one kernel, and where such answers are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parents[2]
+ROOT = PACKAGE.parent
+CSRC = ROOT / "csrc"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One kernel in one configuration.
+
+    Attributes:
+        family: the room.
+        op: the public function, or the family where kernels serve several.
+        kind: triton (and Gluon, ahead of time), cuda (nvcc) or host (instructions of the CPU row kernels).
+        name: of the kernel and its configuration.
+        target: what it was compiled for.
+        figures: what the budget holds.
+        notes: what is shown beside it.
+        faults: what no budget excuses.
+        status: ok, unavailable or error; without figures unless ok.
+        reason: why it is not ok.
+    """
+
+    family: str
+    op: str
+    kind: str
+    name: str
+    target: str
+    figures: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
+    status: str = "ok"
+    reason: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name of its budget."""
+        return f"{self.op}/{self.name}/{self.target}"
+
+
+def cache_directory() -> Path:
+    """Where answers are kept: .cache/ of a checkout, else the user's cache; RLHF_KERNELS_CACHE overrides."""
+    if given := os.environ.get("RLHF_KERNELS_CACHE"):
+        return Path(given)
+    if CSRC.is_dir():
+        return ROOT / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_kernels"
+
+
+def digest(*parts: Any) -> str:
+    """A name for what an answer depends on: strings, numbers, paths (their content), bytes."""
+    found = hashlib.sha256()
+    for part in parts:
+        content = part.read_bytes() if isinstance(part, Path) else part
+        found.update(content if isinstance(content, bytes) else repr(content).encode())
+        found.update(b"\0")
+    return found.hexdigest()
+
+
+def recall(key: str) -> Any | None:
+    """The answer kept under this digest, or None."""
+    try:
+        return json.loads((cache_directory() / "budget" / f"{key}.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def remember(key: str, answer: Any) -> None:
+    """Keeps an answer; a cache that cannot be written is no error."""
+    try:
+        folder = cache_directory() / "budget"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_aside(folder / f"{key}.json", json.dumps(answer))
+    except OSError:
+        pass
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a file under another name and renames it, so that no reader sees half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(path)
