@@ -3,12 +3,22 @@
 // float lanes in one vector register of this instruction set
 constexpr int kLanes = RK_LANES;
 
-inline float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-inline uint32_t float_to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+inline float bits_to_float(uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
+inline uint32_t float_to_bits(float x) {
+  return __builtin_bit_cast(uint32_t, x);
+}
 
-inline double load(double x) { return x; }
-inline float load(float x) { return x; }
-inline float load(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+inline double load(double x) {
+  return x;
+}
+inline float load(float x) {
+  return x;
+}
+inline float load(bf16 x) {
+  return bits_to_float(uint32_t(x.bits) << 16);
+}
 inline float load(fp16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
@@ -24,15 +34,18 @@ inline float load(fp16 x) {
 template <class T>
 inline T store(acc_t<T> x);
 template <>
-inline double store<double>(double x) { return x; }
+inline double store<double>(double x) {
+  return x;
+}
 template <>
-inline float store<float>(float x) { return x; }
+inline float store<float>(float x) {
+  return x;
+}
 template <>
 inline bf16 store<bf16>(float x) {
   const uint32_t bits = float_to_bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet = (bits >> 16) | 0x40u;
-  return bf16{uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return bf16{uint16_t((x != x ? bits | 0x400000u : rounded) >> 16)};
 }
 template <>
 inline fp16 store<fp16>(float x) {
@@ -47,27 +60,35 @@ inline fp16 store<fp16>(float x) {
   return fp16{uint16_t(sign | (magnitude >= 0x477ff000u ? overflow : finite))};
 }
 
-// exp for vectorised loops: relative error below 1.2e-7 on [-87, 88]; 0 below and inf above, NaN stays NaN.
+// exp for vectorised loops: relative error below 1e-7; 0 below -86.98, inf above 88.73, NaN stays NaN.
+// x = k ln2 + r, and the result is 2 exp(r) by a polynomial, times 2^(k-1): at the lower clamp that power's
+// exponent field is 0, and at the upper clamp the product overflows, so neither end needs a branch.
 inline float exp_fast(float x) {
-  const float clamped = x < -87.33654f ? -87.33654f : (x > 88.72283f ? 88.72283f : x);
-  const float k = __builtin_rintf(clamped * 1.44269504f);
+  // Clamped to [-87, 89] as integers, one instruction each: with floats GCC threads the constants through
+  // everything that follows and computes it twice. Seen as unsigned, negative floats are above positive ones.
+  constexpr uint32_t low = __builtin_bit_cast(uint32_t, -87.0f);
+  constexpr int32_t high = __builtin_bit_cast(int32_t, 89.0f);
+  const uint32_t bits = float_to_bits(x);
+  const int32_t above = int32_t(bits < low ? bits : low);
+  const float clamped = bits_to_float(uint32_t(above < high ? above : high));
+  // Adding 1.5 * 2^23 rounds to an integer; with 126 more the low bits are the exponent field of 2^(k-1).
+  constexpr float shift = 12582912.0f + 126.0f;
+  const float shifted = clamped * 1.44269504f + shift;
+  const float k = shifted - shift;
   const float r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
-  float p = 1.9875691e-4f;
-  p = p * r + 1.3981999e-3f;
-  p = p * r + 8.3334519e-3f;
-  p = p * r + 4.1665796e-2f;
-  p = p * r + 1.6666665e-1f;
-  p = p * r + 5.0000001e-1f;
-  const float mantissa = p * r * r + r + 1.0f;
-  // Two half steps keep 2^k in range at both ends.
-  const int32_t half = int32_t(k) / 2;
-  const float scaled = mantissa * bits_to_float(uint32_t(half + 127) << 23) *
-                       bits_to_float(uint32_t(int32_t(k) - half + 127) << 23);
-  const float bounded = x > 88.72283f ? std::numeric_limits<float>::infinity() : scaled;
-  const float floored = x < -87.33654f ? 0.0f : bounded;
-  return x != x ? x : floored;
+  // minimax for |r| <= ln2 / 2, to 3.1e-9, exact at 0
+  float p = 2.0f * 1.38145401e-3f;
+  p = p * r + 2.0f * 8.36874521e-3f;
+  p = p * r + 2.0f * 4.16683908e-2f;
+  p = p * r + 2.0f * 1.66665204e-1f;
+  p = p * r + 2.0f * 4.99999934e-1f;
+  p = p * r + 2.0f;
+  p = p * r + 2.0f;
+  return x != x ? x : p * bits_to_float(float_to_bits(shifted) << 23);
 }
-inline double exp_fast(double x) { return std::exp(x); }
+inline double exp_fast(double x) {
+  return std::exp(x);
+}
 
 template <class A>
 inline A sigmoid(A x) {

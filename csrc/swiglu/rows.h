@@ -2,10 +2,11 @@
 
 template <class T>
 void swiglu_row(const T* x, const T* gate, T* out, int64_t n) {
+  using A = acc_t<T>;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const acc_t<T> g = load(gate[i]);
-    out[i] = store<T>(g * sigmoid(g) * load(x[i]));
+    const A g = load(gate[i]);
+    out[i] = store<T>(g / (A(1) + exp_fast(-g)) * load(x[i]));
   }
 }
 
