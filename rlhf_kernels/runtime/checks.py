@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
@@ -25,6 +27,8 @@ def same(op: str, name: str, x: Tensor, other_name: str, other: Any) -> None:
     """TypeError or ValueError unless `other` is a tensor of x's shape, dtype and device."""
     if not isinstance(other, Tensor):
         raise TypeError(f"{op}(): {other_name} must be a tensor, got {type(other).__name__}")
+    if other.dtype is x.dtype and other.shape == x.shape and other.device == x.device:
+        return
     if other.dtype != x.dtype:
         raise TypeError(
             f"{op}(): {other_name} must have the dtype of {name}, {_dtype(x)}, got {_dtype(other)}. "
@@ -60,6 +64,42 @@ def boolean(op: str, name: str, mask: Any, shape: tuple[int, ...], like: Tensor,
         )
     shaped(op, name, mask, shape, meaning)
     on(op, "the input", like, name, mask)
+
+
+def tokens(
+    op: str, name: str, ids: Any, shape: tuple[int, ...], like: Tensor, size: int, ignored: int | None = None
+) -> None:
+    """TypeError or ValueError unless `ids` are int64 numbers of this shape, below `size` but for `ignored`.
+
+    The range is looked at in eager calls on the CPU only: on a GPU it would wait for the device.
+    """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{op}(): {name} must be an int64 tensor, got {type(ids).__name__}")
+    if ids.dtype != torch.int64:
+        raise TypeError(
+            f"{op}(): {name} must be int64, got {_dtype(ids)} {tuple(ids.shape)}. Cast with {name}.long()."
+        )
+    shaped(op, name, ids, shape, "one token for each row")
+    on(op, "the input", like, name, ids)
+    if type(ids) is not Tensor or ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = (ids < 0) | (ids >= size)
+    if ignored is not None:
+        outside &= ids != ignored
+    if outside.any():
+        but = "" if ignored is None else f" or {ignored}, which is ignored"
+        raise ValueError(
+            f"{op}(): {name} must be at least 0 and below {size}{but}, got {ids[outside][0].item()}. "
+            "Give masked positions any valid token, and mask the result."
+        )
+
+
+def positive(op: str, name: str, value: Any) -> None:
+    """TypeError or ValueError unless value is a finite number above zero."""
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{op}(): {name} must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{op}(): {name} must be positive and finite, got {value!r}")
 
 
 def _dtype(x: Tensor) -> str:
