@@ -19,11 +19,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from rlhf_kernels.runtime import native
+from rlhf_kernels.runtime import native, tuned
 
 BACKENDS = ("reference", "torch", "native", "triton", "gluon")
 
@@ -45,7 +45,7 @@ class Choice:
     dtype: torch.dtype
     backend: str
     reason: str
-    kernel: ModuleType
+    kernel: Any  # the module, or a runtime.tuned.Kernel over it
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -70,6 +70,7 @@ class Override(NamedTuple):
 
     backends: tuple[tuple[str, str], ...] = ()
     strict: bool = False
+    trials: tuple[tuned.Trial, ...] = ()
 
 
 OPS: dict[str, Op] = {}
@@ -105,6 +106,16 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
     if not isinstance(name, str):
         raise TypeError(f"backend(): expected a name such as 'torch', got {type(name).__name__}")
     token = _override.set((_override.get() or Override())._replace(backends=_parse(name), strict=strict))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+@contextmanager
+def trial(*trials: tuned.Trial) -> Iterator[None]:
+    """Runs kernels with these values of their knobs inside a `with` block, whatever the tuned table says."""
+    token = _override.set((_override.get() or Override())._replace(trials=trials))
     try:
         yield
     finally:
@@ -156,7 +167,7 @@ class Op:
         self.room = room
         self.order = order
         self.modules = modules or {}
-        self._chosen: dict[Hashable, Choice] = {}
+        self._chosen: dict[Hashable, Any] = {}
         OPS[name] = self
 
     def backends(self, device: str) -> tuple[str, ...]:
@@ -184,17 +195,19 @@ class Op:
         check = getattr(self.module(name), "unsupported", None)
         return check(device, dtype, shape_class) if check else None
 
-    def choose(self, tensor: torch.Tensor, shape_class: Hashable = None) -> ModuleType:
-        """The kernel module for inputs like `tensor`; a dictionary look-up after the first time."""
-        key = (tensor.dtype, tensor.device, shape_class, _override.get())
-        found = self._chosen.get(key)
-        if found is None:
-            found = self._chosen[key] = self.decide(tensor.device.type, tensor.dtype, shape_class)
-        return found.kernel
+    def choose(self, tensor: torch.Tensor, shape_class: Hashable = None) -> Any:
+        """The kernel for inputs like `tensor`; a dictionary look-up after the first time."""
+        # True stands for the CPU: hashing a device costs as much as the rest of the key.
+        key = (tensor.dtype, tensor.is_cpu or tensor.device, shape_class, _override.get())
+        kernel = self._chosen.get(key)
+        if kernel is None:
+            kernel = self._chosen[key] = self.decide(tensor.device.type, tensor.dtype, shape_class).kernel
+        return kernel
 
     def decide(self, device: str, dtype: torch.dtype, shape_class: Hashable = None) -> Choice:
         """Goes through the preferences; warns, or raises in strict mode, when the first cannot run."""
-        wanted = dict(_environment()) | dict((_override.get() or Override()).backends)
+        held = _override.get() or Override()
+        wanted = dict(_environment()) | dict(held.backends)
         asked = wanted.get(self.name, wanted.get("*"))
         preferred = [asked] if asked else []
         if device == "cpu" and interpreted() and "triton" in self.declared() and not asked:
@@ -208,7 +221,8 @@ class Op:
                 if refused:
                     why = "; ".join(refused)
                     self._fell_back(name, device, why)
-                return Choice(self.name, device, dtype, name, why, self.module(name))
+                kernel, note = tuned.bind(self.name, name, self.module(name), device, held.trials)
+                return Choice(self.name, device, dtype, name, f"{why}; {note}" if note else why, kernel)
             refused.append(f"{name}: {reason}")
         raise BackendError(f"{self.name} on {device} in {dtype}: no backend can run ({'; '.join(refused)})")
 

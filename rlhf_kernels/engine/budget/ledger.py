@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf_kernels.engine.budget.measured import Measured, write_aside
+from rlhf_kernels.engine.budget.measured import Measured
+from rlhf_kernels.runtime.files import write_aside
 
 DIRECTORY = Path(__file__).parents[1] / "budgets"
 

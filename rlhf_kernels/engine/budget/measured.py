@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parents[2]
-ROOT = PACKAGE.parent
+from rlhf_kernels.runtime.files import ROOT, cache_directory, write_aside
+
 CSRC = ROOT / "csrc"
 
 
@@ -49,15 +49,6 @@ class Measured:
         return f"{self.op}/{self.name}/{self.target}"
 
 
-def cache_directory() -> Path:
-    """Where answers are kept: .cache/ of a checkout, else the user's cache; RLHF_KERNELS_CACHE overrides."""
-    if given := os.environ.get("RLHF_KERNELS_CACHE"):
-        return Path(given)
-    if CSRC.is_dir():
-        return ROOT / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_kernels"
-
-
 def digest(*parts: Any) -> str:
     """A name for what an answer depends on: strings, numbers, paths (their content), bytes."""
     found = hashlib.sha256()
@@ -78,16 +69,5 @@ def recall(key: str) -> Any | None:
 
 def remember(key: str, answer: Any) -> None:
     """Keeps an answer; a cache that cannot be written is no error."""
-    try:
-        folder = cache_directory() / "budget"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / f"{key}.json", json.dumps(answer))
-    except OSError:
-        pass
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a file under another name and renames it, so that no reader sees half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+    with suppress(OSError):
+        write_aside(cache_directory() / "budget" / f"{key}.json", json.dumps(answer))
