@@ -24,7 +24,8 @@ from rlhf_kernels.runtime.dispatch import Op
 
 _LIBRARY = torch.library.Library("rlhf_kernels", "FRAGMENT")
 _PLAIN = (Tensor, Parameter)
-_compiling = torch.compiler.is_compiling
+# Dynamo's flag alone: whatever else traces does so by a mode or a tensor subclass, which a call sees.
+_compiling = torch.compiler.is_dynamo_compiling
 _grad_enabled = torch.is_grad_enabled
 _modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._functorch.peek_interpreter_stack
