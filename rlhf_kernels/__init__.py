@@ -3,6 +3,7 @@
 Importing this needs torch alone. `explain("gae")` says which backend runs an op here and why.
 """
 
+from rlhf_kernels.ops.loss_head import linear_logprob, logprob
 from rlhf_kernels.ops.norm import layer_norm, rms_norm
 from rlhf_kernels.ops.normalize import NORMALIZE_PRESETS, masked_normalize
 from rlhf_kernels.ops.swiglu import swiglu
@@ -17,6 +18,8 @@ __all__ = [
     "backend",
     "explain",
     "layer_norm",
+    "linear_logprob",
+    "logprob",
     "masked_normalize",
     "rms_norm",
     "swiglu",

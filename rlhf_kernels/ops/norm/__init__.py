@@ -116,8 +116,9 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`x / sqrt(mean(x^2) + eps) * (weight + weight_offset)` over the last dimension.
 
-    Zhang and Sennrich, 2019, arXiv:1910.07467. The order of rounding is Gemma's: the weight multiplies in float32 and the product is rounded. Llama's
-    modules round `x / rms` first and again after the weight: in 16 bits theirs may differ in the last place.
+    Zhang and Sennrich, 2019, arXiv:1910.07467. The order of rounding is Gemma's: the weight multiplies in
+    float32 and the product is rounded. Llama's modules round `x / rms` first and again after the weight: in
+    16 bits theirs may differ in the last place.
 
     Args:
         x: [..., E], floating-point.

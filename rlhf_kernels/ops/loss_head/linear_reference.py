@@ -1,0 +1,45 @@
+"""The definition of linear_logprob."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.ops.loss_head import reference
+
+DIFFERENTIABLE = True
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprob of hidden @ weight.T + bias, capped; zeros, and no gradient, where the target is ignored."""
+    real = target != ignore_index
+    logits = torch.where(real[:, None], hidden, 0).double() @ weight.double().T
+    if bias is not None:
+        logits = logits + bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logprob, entropy, *rest = reference.forward(logits, target.where(real, 0), temperature)
+    results = (torch.where(real, logprob, 0), torch.where(real, entropy, 0), *rest)
+    return tuple(result.to(torch.promote_types(hidden.dtype, torch.float32)) for result in results)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """The definition with the public function's signature."""
+    return forward(hidden, weight, bias, target, temperature, softcap, ignore_index)[:2]
