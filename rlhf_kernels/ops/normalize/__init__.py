@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from rlhf_kernels.ops.normalize.layout import moved_back, moved_last, reduced
+from rlhf_kernels.ops.normalize.arguments import as_flags, moved_back, moved_last, reduced
 from rlhf_kernels.runtime.checks import boolean, floating
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
@@ -19,11 +19,8 @@ NORMALIZE_PRESETS: dict[str, dict[str, Any]] = {
     "verl": {"eps": 1e-8, "eps_mode": "add", "unbiased": True, "zero_masked": False},
 }
 
-_OP = Op("masked_normalize", __name__, {"cpu": ("torch",), "cuda": ("torch",)})
-_OPTIONS = (
-    "Tensor x, Tensor? mask, int trailing, "
-    "float eps, bool add_eps, bool unbiased, bool center, bool zero_masked"
-)
+_OP = Op("masked_normalize", __name__, {"cpu": ("native", "torch"), "cuda": ("native", "triton", "torch")})
+_ARGUMENTS = "Tensor x, Tensor? mask, int trailing, float eps, int flags"
 
 
 def _fake(x: Tensor, *options: Any) -> Tensor:
@@ -40,14 +37,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, backward: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 7
+    return backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 _normalize = Operator(
     _OP,
-    f"({_OPTIONS}) -> Tensor",
+    f"({_ARGUMENTS}) -> Tensor",
     _fake,
-    backward_schema=f"(Tensor grad, {_OPTIONS}) -> Tensor",
+    backward_schema=f"(Tensor grad, {_ARGUMENTS}) -> Tensor",
     backward_fake=_backward_fake,
     setup_context=_setup,
     gradients=_gradients,
@@ -93,13 +90,14 @@ def masked_normalize(
     floating("masked_normalize", "x", x)
     if mask is not None:
         boolean("masked_normalize", "mask", mask, x.shape, x, "the shape of x")
-    if eps_mode not in ("clamp", "add"):
-        raise ValueError(f"masked_normalize(): eps_mode must be 'clamp' or 'add', got {eps_mode!r}")
     if not eps > 0:
         raise ValueError(f"masked_normalize(): eps must be positive, got {eps!r}")
-    options = (eps, eps_mode == "add", unbiased, center, zero_masked)
-    dims = reduced(dim, x.dim())
-    if dim is None or dims[0] == x.dim() - len(dims):
-        return _normalize(x, mask, len(dims), *options)
+    flags = as_flags(eps_mode, unbiased, center, zero_masked)
+    rank = x.dim()
+    if dim is None:
+        return _normalize(x, mask, rank, eps, flags)
+    dims = reduced(dim, rank)
+    if dims[0] == rank - len(dims):
+        return _normalize(x, mask, len(dims), eps, flags)
     moved = None if mask is None else moved_last(mask, dims)
-    return moved_back(_normalize(moved_last(x, dims), moved, len(dims), *options), dims)
+    return moved_back(_normalize(moved_last(x, dims), moved, len(dims), eps, flags), dims)

@@ -7,7 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.normalize.layout import moved_back, moved_last, reduced
+from rlhf_kernels.ops.normalize.arguments import (
+    ADD_EPS,
+    CENTER,
+    UNBIASED,
+    ZERO_MASKED,
+    as_flags,
+    moved_back,
+    moved_last,
+    reduced,
+)
 
 DIFFERENTIABLE = True
 
@@ -26,13 +35,13 @@ def moments(x: Tensor, mask: Tensor | None, trailing: int) -> tuple[Tensor, Tens
 
 
 def affine(
-    x: Tensor, mask: Tensor | None, stats: tuple[Tensor, Tensor, Tensor],
-    eps: float, add_eps: bool, unbiased: bool, center: bool, zero_masked: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor, mask: Tensor | None, stats: tuple[Tensor, Tensor, Tensor], eps: float, flags: int
+) -> Tensor:
     """The normalised tensor from the moments of its real elements."""
     count, mean, squares = stats
-    var = squares / (count - int(unbiased)).clamp(min=1)
-    rstd = (var + eps if add_eps else var.clamp(min=eps)).rsqrt()
+    center, zero_masked = flags & CENTER, flags & ZERO_MASKED
+    var = squares / (count - (1 if flags & UNBIASED else 0)).clamp(min=1)
+    rstd = (var + eps if flags & ADD_EPS else var.clamp(min=eps)).rsqrt()
     if mask is not None and not zero_masked and x.requires_grad and torch.is_grad_enabled():
         # A masked slot that is not finite has no say in the gradients of the others.
         stray = ~(mask | x.isfinite())
@@ -47,14 +56,11 @@ def affine(
     return out + (mean if hidden is None else mean.masked_fill(hidden, 0))
 
 
-def forward(
-    x: Tensor, mask: Tensor | None, trailing: int,
-    eps: float, add_eps: bool, unbiased: bool, center: bool, zero_masked: bool,
-) -> Tensor:  # fmt: skip
+def forward(x: Tensor, mask: Tensor | None, trailing: int, eps: float, flags: int) -> Tensor:
     """Normalises the last `trailing` dimensions; 16-bit inputs are computed in float32."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     stats = moments(wide, mask, trailing)
-    return affine(wide, mask, stats, eps, add_eps, unbiased, center, zero_masked).to(x.dtype)
+    return affine(wide, mask, stats, eps, flags).to(x.dtype)
 
 
 def masked_normalize(
@@ -71,6 +77,6 @@ def masked_normalize(
     """The plain form with the public function's signature, but for `group`."""
     dims = reduced(dim, x.dim())
     mask = None if mask is None else moved_last(mask, dims)
-    options = (eps, eps_mode == "add", unbiased, center, zero_masked)
-    out = forward(moved_last(x, dims), mask, len(dims), *options)
+    flags = as_flags(eps_mode, unbiased, center, zero_masked)
+    out = forward(moved_last(x, dims), mask, len(dims), eps, flags)
     return moved_back(out, dims)

@@ -8,17 +8,9 @@ from torch import Tensor
 DIFFERENTIABLE = True
 
 
-def forward(
-    x: Tensor,
-    mask: Tensor | None,
-    trailing: int,
-    eps: float,
-    add_eps: bool,
-    unbiased: bool,
-    center: bool,
-    zero_masked: bool,
-) -> Tensor:
+def forward(x: Tensor, mask: Tensor | None, trailing: int, eps: float, flags: int) -> Tensor:
     """(x - mean) / std over the real elements of the last `trailing` dimensions."""
+    add_eps, unbiased, center, zero_masked = (bool(flags & bit) for bit in (1, 2, 4, 8))
     dims = tuple(range(x.dim() - trailing, x.dim()))
     real = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     count = real.sum(dims, keepdim=True)
@@ -51,6 +43,6 @@ def masked_normalize(
     dims = tuple(range(x.dim())) if dim is None else (dim,) if isinstance(dim, int) else dim
     last = tuple(range(-len(dims), 0))
     mask = None if mask is None else mask.movedim(dims, last)
-    options = (eps, eps_mode == "add", unbiased, center, zero_masked)
-    out = forward(x.movedim(dims, last), mask, len(dims), *options)
+    flags = (eps_mode == "add") + 2 * unbiased + 4 * center + 8 * zero_masked
+    out = forward(x.movedim(dims, last), mask, len(dims), eps, flags)
     return out.movedim(last, dims)

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels.engine.spec import FLOAT_DTYPES, Case, Cost, Direction, Inputs, OpSpec, itemsize, randn
+from rlhf_kernels.engine.spec import (
+    FLOAT_DTYPES,
+    TARGETS,
+    Case,
+    Cost,
+    Direction,
+    HostKernel,
+    Inputs,
+    KernelBuild,
+    Knob,
+    OpSpec,
+    itemsize,
+    randn,
+)
 from rlhf_kernels.ops.normalize import kernel_torch, masked_normalize, reference
 
 ALL_DTYPES = (*FLOAT_DTYPES, torch.float64)
-WIDE = (torch.float32, torch.float64)
 
 
 def _awkward(
@@ -43,8 +56,10 @@ CASES = (
     _awkward("strided_rows", 9, 130, mask="random", memory="strided", dim=-1),
     _awkward("transposed", 9, 130, mask="random", memory="transposed"),
     _awkward("misaligned", 9, 131, mask="random", memory="misaligned"),
-    _awkward("large_offset", 6, 3000, WIDE, mask="tail", offset=1e4, scale=1e-2, eps=1e-8),
-    _awkward("large_offset_rows", 6, 3000, WIDE, mask="tail", offset=1e4, scale=1e-2, eps=1e-8, dim=-1),
+    _awkward("large_offset", 6, 3000, (torch.float32,), mask="tail", offset=1e4, scale=1e-2, eps=1e-8),
+    _awkward(
+        "large_offset_rows", 6, 3000, (torch.float32,), mask="tail", offset=1e4, scale=1e-2, eps=1e-8, dim=-1
+    ),
     _awkward("small_variance", 6, 300, mask="tail", scale=1e-4),
     _awkward("keeps_mean", 5, 700, ALL_DTYPES, mask="tail", center=False, offset=3.0),
     _awkward(
@@ -96,6 +111,59 @@ def cost(case: Case, dtype: torch.dtype, direction: Direction) -> Cost:
     return Cost(flops=n * (6 if direction == "forward" else 10), bytes=n * itemsize(dtype) * tensors + mask)
 
 
+def kernels() -> Iterator[KernelBuild]:
+    """Every kernel in every dtype for every target, masked, on rows and on chunks."""
+    from rlhf_kernels.ops.normalize import kernel_triton as k
+
+    sizes = {"x_stride": "i32", "mask_stride": "i32", "length": "i32", "chunk": "i32"}
+    options = {"eps": "fp32", "flags": "i32"}
+    for dtype in ("fp32", "bf16", "fp16"):
+        x = {"x_ptr": f"*{dtype}", "mask_ptr": "*u8"}
+        grad, out = {"grad_ptr": f"*{dtype}"}, {"out_ptr": f"*{dtype}"}
+        parts, sums = {"parts_ptr": "*fp64"}, {"sums_ptr": "*fp64"}
+        block = {"MASKED": True, "BLOCK": k.BLOCK}
+        whole = {**block, "CHUNKS": k.CHUNKS}
+        hide = {**whole, "HIDE": True}
+        both = {"rows": {"SPLIT": False}, "chunks": {"SPLIT": True}}
+        builds = [
+            ("moments", k.moments_kernel, x | parts | sizes, block),
+            ("sums", k.sums_kernel, grad | x | parts | sums | sizes | {"flags": "i32"}, whole),
+            *(
+                (f"forward_{name}", k.forward_kernel, x | parts | out | sizes | options, hide | split)
+                for name, split in both.items()
+            ),
+            *(
+                (
+                    f"backward_{name}",
+                    k.backward_kernel,
+                    grad | x | parts | sums | out | sizes | options,
+                    whole | split,
+                )
+                for name, split in both.items()
+            ),
+        ]
+        for name, kernel, signature, constants in builds:
+            aligned = tuple(argument for argument in signature if argument not in options)
+            for target in TARGETS:
+                yield KernelBuild(
+                    f"{name}/{dtype}",
+                    kernel,
+                    signature,
+                    constants,
+                    target,
+                    num_warps=k.NUM_WARPS,
+                    aligned=aligned,
+                )
+
+
+def _host_normalize(host):  # noqa: ANN001
+    import numpy
+
+    x = numpy.linspace(-8, 8, 16384, dtype=numpy.float32)
+    mask = numpy.arange(16384) % 3 != 0
+    return lambda: host.masked_normalize(x, mask)
+
+
 SPECS = (
     OpSpec(
         name="masked_normalize",
@@ -107,5 +175,10 @@ SPECS = (
         make=make,
         cost=cost,
         cases=CASES,
+        # In float64 plain PyTorch does what the definition does, so that this is all that is granted.
+        floor=4.0,
+        kernels=kernels,
+        host_kernels=(HostKernel("masked_normalize", _host_normalize),),
+        knobs=(Knob("grain", "native", (32768, 8192, 131072)),),
     ),
 )

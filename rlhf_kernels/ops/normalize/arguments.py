@@ -1,8 +1,25 @@
-"""Which dimensions a normalisation runs along: the kernels know trailing ones only."""
+"""The arguments as the kernels take them: trailing dimensions, and the options as bits of one integer.
+
+Each argument of an operator costs a call 0.1 us, so four switches travel as one.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
+
+ADD_EPS, UNBIASED, CENTER, ZERO_MASKED = 1, 2, 4, 8
+
+
+def as_flags(eps_mode: str, unbiased: bool, center: bool, zero_masked: bool) -> int:
+    """The options as bits. ValueError for an unknown eps_mode."""
+    if eps_mode != "clamp" and eps_mode != "add":
+        raise ValueError(f"masked_normalize(): eps_mode must be 'clamp' or 'add', got {eps_mode!r}")
+    return (
+        (ADD_EPS if eps_mode == "add" else 0)
+        | (UNBIASED if unbiased else 0)
+        | (CENTER if center else 0)
+        | (ZERO_MASKED if zero_masked else 0)
+    )
 
 
 def reduced(dim: int | tuple[int, ...] | None, rank: int) -> tuple[int, ...]:
@@ -14,6 +31,8 @@ def reduced(dim: int | tuple[int, ...] | None, rank: int) -> tuple[int, ...]:
     """
     if dim is None:
         return tuple(range(rank))
+    if isinstance(dim, int) and -rank <= dim < rank:
+        return (dim % rank,)
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) for d in dims):
         raise TypeError(f"masked_normalize(): dim must be an int, a tuple of ints or None, got {dim!r}")
