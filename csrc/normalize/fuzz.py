@@ -5,7 +5,7 @@ from fuzzing import Draw, Trial
 
 
 def masked_normalize(draw: Draw) -> Trial:
-    """(x - mean) / sqrt(max(var, eps)) with the moments of the real elements; NaN in a masked one does no harm."""
+    """(x - mean) / sqrt(max(var, eps)), moments of the real elements; NaN in a masked one does no harm."""
     shape = draw.choice((draw.size(9000),), (draw.size(40), draw.size(60)))
     x, mask = draw.floats(shape, odd=False), draw.mask(shape)
     x = x + np.float32(draw.choice(0.0, 0.0, 100.0, -3.0))
