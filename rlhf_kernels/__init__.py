@@ -6,6 +6,7 @@ Importing this needs torch alone. `explain("gae")` says which backend runs an op
 from rlhf_kernels.ops.loss_head import linear_logprob, logprob
 from rlhf_kernels.ops.norm import layer_norm, rms_norm
 from rlhf_kernels.ops.normalize import NORMALIZE_PRESETS, masked_normalize
+from rlhf_kernels.ops.sampling import sample
 from rlhf_kernels.ops.swiglu import swiglu
 from rlhf_kernels.runtime.dispatch import BackendError, FallbackWarning, backend, explain
 
@@ -22,5 +23,6 @@ __all__ = [
     "logprob",
     "masked_normalize",
     "rms_norm",
+    "sample",
     "swiglu",
 ]
