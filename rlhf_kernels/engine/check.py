@@ -30,6 +30,7 @@ from rlhf_kernels.engine.row import Row, dtype_name
 from rlhf_kernels.engine.spec import Case, Direction, Inputs, OpSpec, as_outputs
 from rlhf_kernels.runtime.dispatch import BackendError, interpreted
 from rlhf_kernels.runtime.dispatch import backend as use_backend
+from rlhf_kernels.stacks import Unavailable
 
 # The interpreter takes seconds for a million elements, and its bfloat16 arithmetic is wrong.
 INTERPRETED_TIERS = ("smoke", "awkward")
@@ -37,10 +38,6 @@ INTERPRETED_BYTES = 2 << 20
 INTERPRETED_DTYPES = (torch.float32, torch.float16)
 # Elements compared at a time: temporaries that stay in the cache.
 _CHUNK = 1 << 17
-
-
-class Unsupported(RuntimeError):
-    """Raised by an implementation that cannot serve these inputs; the row becomes `unavailable`."""
 
 
 @dataclass
@@ -84,20 +81,12 @@ class Judge:
 
     Args:
         spec, case, dtype, device: what is called, on which inputs.
-        slack: factor on what is granted. 1 for our own kernels; a foreign function is only asked whether it
-            does the same thing.
     """
 
     def __init__(
-        self,
-        spec: OpSpec,
-        case: Case,
-        dtype: torch.dtype,
-        device: str | torch.device = "cpu",
-        slack: float = 1.0,
+        self, spec: OpSpec, case: Case, dtype: torch.dtype, device: str | torch.device = "cpu"
     ) -> None:
         self.spec, self.case, self.dtype, self.device = spec, case, dtype, torch.device(device)
-        self.slack = slack
         self.generator = torch.Generator().manual_seed(zlib.crc32(f"{spec.name}/{case.name}".encode()))
         self.inputs = spec.make(case, dtype, self.generator, self.device)
         self.differentiable = bool(self.inputs.wrt)
@@ -144,19 +133,31 @@ class Judge:
         impl: str,
         function: Callable[..., Any],
         directions: Sequence[Direction] | None = None,
+        *,
         repeat: bool = True,
+        slack: float = 1.0,
+        outputs: Sequence[int] | None = None,
     ) -> list[Row]:
-        """Calls `function` as the op and judges it, a row a direction; `repeat` asks for equal bits twice."""
+        """Calls `function` as the op and judges it, one row a direction.
+
+        Args:
+            impl: its name in the rows.
+            function: takes the arguments of the public function.
+            directions: those that are judged; None means all that the case has.
+            repeat: also asks for the same bits twice.
+            slack: factor on what is granted. 1 for our own kernels; a foreign function is only asked whether
+                it does the same thing.
+            outputs: indices of the op's outputs where `function` gives only some; for the forward alone.
+        """
         wanted = [d for d in self.directions if directions is None or d in directions]
         upstream = self.upstream if "backward" in wanted else ()
         try:
             result, complaint = self._observe(function, upstream, repeat)
-        except (BackendError, Unsupported) as refusal:
+        except (BackendError, Unavailable) as refusal:
             return [self.row(impl, d).failed("unavailable", str(refusal)) for d in wanted]
         except Exception as error:  # whatever an implementation raises is its result
-            reason = f"{type(error).__name__}: {error}".strip()
-            return [self.row(impl, d).failed("error", reason) for d in wanted]
-        return [self._judge(impl, d, result, complaint) for d in wanted]
+            return [self.row(impl, d).failed("error", one_line(error)) for d in wanted]
+        return [self._judge(self.row(impl, d), result, complaint, slack, outputs) for d in wanted]
 
     def row(self, impl: str, direction: str) -> Row:
         """An empty row of this case."""
@@ -180,23 +181,27 @@ class Judge:
                         return result, f"a second run gave other bits in {name}"
         return result, ""
 
-    def _judge(self, impl: str, direction: Direction, result: Result, complaint: str) -> Row:
-        row = self.row(impl, direction)
+    def _judge(
+        self, row: Row, result: Result, complaint: str, slack: float, outputs: Sequence[int] | None
+    ) -> Row:
+        direction = row.direction
         got, want, yard = (r.named(direction) for r in (result, self.reference, self.yardstick))
+        if outputs is not None:
+            want, yard = ([named[i] for i in outputs] for named in (want, yard))
         if len(got) != len(want):
             return row.failed("incorrect", f"{len(got)} outputs, expected {len(want)}")
         worst = -1.0
-        for (name, g), (_, w), (_, y) in zip(got, want, yard):
+        for (_, g), (name, w), (_, y) in zip(got, want, yard):
             g = self._part(name, g, direction)
             if odd := _unlike(name, g, y):
                 return row.failed("incorrect", odd)
             error, allowed = deviation(g, w, y, self.spec.floor)
-            allowed *= self.slack
+            allowed *= slack
             excess = error / allowed if allowed else (math.inf if error else 0.0)
-            if excess > worst or math.isnan(excess):
+            if excess > worst:
                 worst, row.error, row.allowed = excess, error, allowed
                 row.reason = f"{name} is off by {error:.3g}, allowed is {allowed:.3g}"
-        if not worst <= 1:
+        if worst > 1:
             return row.failed("incorrect", row.reason)
         row.reason = ""
         return row.failed("incorrect", complaint) if complaint else row
@@ -245,6 +250,12 @@ def _unlike(name: str, got: Tensor, like: Tensor) -> str:
         return ""
     kinds = [f"{dtype_name(t.dtype)} {tuple(t.shape)} on {t.device}" for t in (got, like)]
     return f"{name} is {kinds[0]}, expected {kinds[1]}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def _to_float64(t: Tensor) -> Tensor:

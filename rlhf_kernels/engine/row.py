@@ -30,7 +30,7 @@ class Row:
         median_us, ci_us: the time of one call and the 95 % interval of its median.
         host_us: time until the call returns, where the device works on by itself.
         gbps, tflops: least bytes and operations of the op over the time.
-        roof_fraction: the least time that this machine's measured roofs allow, over the time.
+        roof_us, roof_fraction: the least time that this machine's measured roofs allow, and its share.
         peak_bytes: most memory held at once above the inputs.
         speedup: time of the baseline over this time.
         samples_us: the raw samples, one list a process.
@@ -52,6 +52,7 @@ class Row:
     host_us: float | None = None
     gbps: float | None = None
     tflops: float | None = None
+    roof_us: float | None = None
     roof_fraction: float | None = None
     peak_bytes: int | None = None
     speedup: float | None = None

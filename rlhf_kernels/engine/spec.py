@@ -140,6 +140,7 @@ class OpSpec:
         make: (case, dtype, generator, device) -> Inputs.
         cost: (case, dtype, direction) -> Cost; "backward" is the backward alone.
         cases: see Case.
+        outputs: names of the outputs where there are several.
         floor: how many units in the last place of the largest reference value are granted beside twice the
             error of plain PyTorch.
         narrow: (inputs, case.checked) -> (inputs of the checked part, output -> its checked part); for cases
@@ -159,6 +160,7 @@ class OpSpec:
     make: Callable[[Case, torch.dtype, torch.Generator, torch.device], Inputs]
     cost: Callable[[Case, torch.dtype, Direction], Cost]
     cases: tuple[Case, ...]
+    outputs: tuple[str, ...] = ()
     floor: float = 1.0
     narrow: Callable[..., Any] | None = None
     kernels: Callable[[], Iterable[KernelBuild]] = tuple

@@ -1,0 +1,212 @@
+"""Times every implementation of an op at one case, after checking it, beside one another.
+
+A direction is `forward` (no input requires a gradient) or `forward+backward` (autograd's own backward of all
+differentiable outputs). The backward alone is not timed: to repeat it one has to keep the graph, which
+compiled functions forbid and which changes what others allocate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from rlhf_kernels.engine import implementations as known
+from rlhf_kernels.engine import stats
+from rlhf_kernels.engine.check import Judge, one_line
+from rlhf_kernels.engine.clock import Clock, Contender, Limits, measure
+from rlhf_kernels.engine.implementations import EAGER, Implementation
+from rlhf_kernels.engine.memory import peak_bytes
+from rlhf_kernels.engine.roofs import Roofs, copy_of
+from rlhf_kernels.engine.row import Row
+from rlhf_kernels.engine.spec import Case, Cost, OpSpec, as_outputs
+from rlhf_kernels.stacks import Unavailable
+
+FORWARD, BOTH = "forward", "forward+backward"
+DIRECTIONS = (FORWARD, BOTH)
+
+
+@dataclass
+class Candidate:
+    """An implementation with what its check said and what is called for each timed direction."""
+
+    implementation: Implementation
+    rows: dict[str, Row] = field(default_factory=dict)
+    calls: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Bench:
+    """Times cases of ops on one device.
+
+    Args:
+        device, clock, roofs: where, and with what.
+        threads: noted in the rows.
+        limits: of one case and direction.
+        wanted: names of implementations; none means all. The eager baseline is always timed.
+        directions: some of DIRECTIONS.
+    """
+
+    device: torch.device
+    clock: Clock
+    roofs: Roofs
+    threads: int
+    limits: Limits = field(default_factory=Limits)
+    wanted: Sequence[str] = ()
+    directions: Sequence[str] = DIRECTIONS
+
+    def rows(self, spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[Row]:
+        """One row an implementation and direction; those that are not ok come with the reason."""
+        judge = Judge(spec, case, dtype, self.device)
+        candidates = [self._checked(judge, one) for one in self._implementations(judge)]
+        for direction in self.directions:
+            self._time(direction, candidates, judge)
+            for candidate in candidates:
+                if direction in candidate.rows:
+                    yield candidate.rows[direction]
+
+    def _time(self, direction: str, candidates: Sequence[Candidate], judge: Judge) -> None:
+        """Measures what passed its check, together with a copy of as many bytes, and fills in the rows."""
+        ready = [c for c in candidates if direction in c.calls]
+        if not ready:
+            return
+        costs = costs_of(judge.spec, judge.case, judge.dtype, direction)
+        contenders = [
+            Contender(c.implementation.name, c.calls[direction], c.implementation.context) for c in ready
+        ]
+        copy = Contender("the roof", copy_of(costs, self.device))
+        samples = measure([*contenders, copy], self.clock, self.limits)
+        least = self.roofs.seconds(costs, judge.dtype, stats.median(samples[copy.name]))
+        base = next((samples[c.name] for c in contenders if c.name == EAGER), None)
+        for candidate, contender in zip(ready, contenders):
+            row = candidate.rows[direction]
+            row.host_us = _scaled(self.clock.host(contender))
+            with contender.context():
+                row.peak_bytes = peak_bytes(contender.call, self.device)
+            candidate.rows[direction] = self._row(row, samples[contender.name], base, costs, least)
+
+    def _row(
+        self, row: Row, samples: list[float], base: list[float] | None, costs: list[Cost], least: float
+    ) -> Row:
+        """A row with its time and what follows from it; an error where the time cannot be true."""
+        seconds = stats.median(samples)
+        whole = Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs))
+        if self.roofs.suspicious(seconds, whole):
+            seen, fastest = whole.bytes / seconds / 1e9, max(self.roofs.copy.values()) / 1e9
+            return row.failed("error", f"suspicious: {seen:.3g} GB/s, and copies reach {fastest:.3g}")
+        low, high = stats.median_ci(samples)
+        return replace(
+            row, median_us=seconds * 1e6, ci_us=(low * 1e6, high * 1e6), gbps=whole.bytes / seconds / 1e9,
+            tflops=whole.flops / seconds / 1e12, roof_us=least * 1e6, roof_fraction=least / seconds,
+            speedup=stats.median(base) / seconds if base else None, samples_us=[[s * 1e6 for s in samples]],
+        )  # fmt: skip
+
+    def _implementations(self, judge: Judge) -> list[Implementation]:
+        spec, case, dtype = judge.spec, judge.case, judge.dtype
+        found = list(known.implementations(spec, case, dtype, self.device, judge.inputs.args, self.wanted))
+        elsewhere = set(self.wanted) & set(spec.op.declared()) - {one.name for one in found}
+        return found + [known.of_backend(spec, case, dtype, self.device, name) for name in sorted(elsewhere)]
+
+    def _checked(self, judge: Judge, one: Implementation) -> Candidate:
+        """Checks an implementation; only what passed has something to call."""
+        directions = [d for d in self.directions if d == FORWARD or judge.differentiable]
+        candidate = Candidate(one)
+        for direction in directions:
+            candidate.rows[direction] = replace(
+                judge.row(one.name, direction), threads=self.threads, version=one.version
+            )
+        if one.absent:
+            return self._refused(candidate, directions, "unavailable", one.absent)
+        checked = [d for d in judge.directions if d in one.directions]
+        try:
+            with one.limit(), one.context():
+                rows = judge.rows(one.name, one.function, checked, slack=one.slack, outputs=one.outputs)
+                found = {row.direction: row for row in rows}
+                for direction in directions:
+                    self._enter(candidate, direction, found, judge)
+        except Unavailable as reason:
+            return self._refused(candidate, directions, "unavailable", str(reason))
+        except Exception as error:  # the first call of what is timed may still fail
+            return self._refused(candidate, directions, "error", one_line(error))
+        return candidate
+
+    def _enter(self, candidate: Candidate, direction: str, found: dict[str, Row], judge: Judge) -> None:
+        """Takes over the verdict on a direction, and makes and tries its call where the verdict is good."""
+        one, row = candidate.implementation, candidate.rows[direction]
+        parts = [found.get(d) for d in (("forward",) if direction == FORWARD else ("forward", "backward"))]
+        if None in parts:
+            candidate.rows[direction] = row.failed("unavailable", f"{one.name} has no backward")
+            return
+        worst = max(parts, key=lambda part: (part.status != "ok", _excess(part)))
+        row.error, row.allowed = worst.error, worst.allowed
+        if worst.status != "ok":
+            candidate.rows[direction] = row.failed(worst.status, worst.reason)
+            return
+        call = call_of(one, judge, direction)
+        call()
+        candidate.calls[direction] = call
+
+    def _refused(
+        self, candidate: Candidate, directions: Sequence[str], status: Any, reason: str
+    ) -> Candidate:
+        candidate.calls.clear()
+        for direction in directions:
+            candidate.rows[direction] = candidate.rows[direction].failed(status, reason)
+        return candidate
+
+
+def _excess(row: Row) -> float:
+    return (row.error or 0.0) / row.allowed if row.allowed else 0.0
+
+
+def _scaled(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e6
+
+
+def call_of(one: Implementation, judge: Judge, direction: str) -> Callable[[], Any]:
+    """What is timed: a call without arguments, on the judge's inputs and its upstream gradients."""
+    args = judge.inputs.args
+    if direction == FORWARD:
+        return partial(one.function, **args)
+    leaves = {name: args[name].detach().requires_grad_() for name in judge.inputs.wrt}
+    function = partial(one.function, **args | leaves)
+    graded = [i for i, out in enumerate(as_outputs(function())) if out.requires_grad]
+    upstream, inputs = [judge.upstream[i] for i in graded], list(leaves.values())
+
+    def both() -> tuple[torch.Tensor, ...]:
+        outputs = as_outputs(function())
+        return torch.autograd.grad([outputs[i] for i in graded], inputs, upstream, allow_unused=True)
+
+    return both
+
+
+def costs_of(spec: OpSpec, case: Case, dtype: torch.dtype, direction: str) -> list[Cost]:
+    """The work of a direction, one item a pass over the data."""
+    passes = ("forward",) if direction == FORWARD else ("forward", "backward")
+    return [spec.cost(case, dtype, one) for one in passes]
+
+
+def merged(rows: Sequence[Row]) -> Row:
+    """The same row of several processes as one: medians of their medians and of their own ratios.
+
+    What failed in any of them failed.
+    """
+    for row in rows:
+        if row.status != "ok":
+            return row
+    medians = [row.median_us for row in rows]
+    middle = stats.median(medians)
+
+    def of(name: str) -> float | None:
+        values = [getattr(row, name) for row in rows]
+        return None if None in values else stats.median(values)
+
+    return replace(
+        rows[0], median_us=middle, ci_us=rows[0].ci_us if len(rows) == 1 else stats.median_ci(medians),
+        gbps=rows[0].gbps * medians[0] / middle, tflops=rows[0].tflops * medians[0] / middle,
+        host_us=of("host_us"), roof_us=of("roof_us"), roof_fraction=of("roof_fraction"),
+        speedup=of("speedup"), samples_us=[samples for row in rows for samples in row.samples_us],
+    )  # fmt: skip
