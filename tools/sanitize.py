@@ -25,13 +25,13 @@ _SANITIZE = [
 
 
 def flags() -> list[str]:
-    """The flags of the real build, less optimised, with line numbers and checks."""
+    """The flags of the real build, with line numbers and checks, hardly optimised."""
     import pybind11
 
     given = runpy.run_path(str(ROOT / "rlhf_kernels" / "_build_flags.py"))["CXX_FLAGS"]
     kept = [flag for flag in given if not flag.startswith(("-O", "-g"))]
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    return ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-omit-frame-pointer", *kept, *_SANITIZE, *includes]
+    return ["-std=c++17", "-Og", "-g1", "-fPIC", "-fno-omit-frame-pointer", *kept, *_SANITIZE, *includes]
 
 
 def build(csrc: Path = ROOT / "csrc", families: tuple[str, ...] = ()) -> Path:
