@@ -6,6 +6,7 @@ Importing this needs torch alone. `explain("gae")` says which backend runs an op
 from rlhf_kernels.ops.loss_head import linear_logprob, logprob
 from rlhf_kernels.ops.norm import layer_norm, rms_norm
 from rlhf_kernels.ops.normalize import NORMALIZE_PRESETS, masked_normalize
+from rlhf_kernels.ops.rotary import RotaryTable, RotaryTables, rotary, rotary_tables
 from rlhf_kernels.ops.sampling import sample
 from rlhf_kernels.ops.swiglu import swiglu
 from rlhf_kernels.runtime.dispatch import BackendError, FallbackWarning, backend, explain
@@ -16,6 +17,8 @@ __all__ = [
     "NORMALIZE_PRESETS",
     "BackendError",
     "FallbackWarning",
+    "RotaryTable",
+    "RotaryTables",
     "backend",
     "explain",
     "layer_norm",
@@ -23,6 +26,8 @@ __all__ = [
     "logprob",
     "masked_normalize",
     "rms_norm",
+    "rotary",
+    "rotary_tables",
     "sample",
     "swiglu",
 ]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from rlhf_kernels.runtime.dispatch import Op
@@ -41,7 +42,8 @@ class Operator:
         op: the room's backends.
         schema: torch.library schema without the name: "(Tensor x, float eps) -> Tensor".
         fake: shapes of the outputs, from the same arguments.
-        backward_schema: likewise for `<name>_backward`; None where the op has no gradient.
+        backward_schema: likewise for `<name>_backward`; None where the op has no gradient, or where it is its
+            own backward with other arguments: then `run` of `gradients` is the op itself, to any order.
         backward_fake: likewise.
         setup_context: torch.library's: saves what the backward needs.
         gradients: (ctx, run, *grads) -> a gradient or None for each argument; `run` is the backward kernel.
@@ -76,11 +78,15 @@ class Operator:
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
         self.tensors = tuple(i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]"))
         self.function: type[torch.autograd.Function] | None = None
+        if gradients is None:
+            return
+        backward, run_backward, once = self.overload, self, backward_schema is not None
         if backward_schema:
-            name = f"{op.name}_backward"
-            backward = _register(name, backward_schema, self._run_backward, backward_fake)
-            _define_autograd(op.name, setup_context, gradients, backward)
-            self.function = _eager_function(op.name, self._run, self._run_backward, setup_context, gradients)
+            run_backward = self._run_backward
+            backward = _register(f"{op.name}_backward", backward_schema, run_backward, backward_fake)
+            _refuse_second_derivative(op.name)
+        _define_autograd(op.name, setup_context, gradients, backward)
+        self.function = _eager_function(op.name, self._run, run_backward, setup_context, gradients, once)
 
     def _run(self, *args: Any) -> Any:
         shape_class = self.shape_class(*args) if self.shape_class else None
@@ -132,7 +138,10 @@ def _define_autograd(name: str, setup_context: Any, gradients: Any, backward: An
         f"rlhf_kernels::{name}", through_library, setup_context=setup_context, lib=_LIBRARY
     )
 
-    # Without a kernel for autograd, a second differentiation would silently give zero.
+
+def _refuse_second_derivative(name: str) -> None:
+    """Without a kernel for autograd, a second differentiation would silently give zero."""
+
     def refuse(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
             f"{name} has no second derivative on this backend: use `with rlhf_kernels.backend('reference'):`"
@@ -141,7 +150,9 @@ def _define_autograd(name: str, setup_context: Any, gradients: Any, backward: An
     torch.library.register_autograd(f"rlhf_kernels::{name}_backward", refuse, lib=_LIBRARY)
 
 
-def _eager_function(name: str, run: Any, run_backward: Any, setup: Any, gradients: Any) -> Any:
+def _eager_function(
+    name: str, run: Any, run_backward: Any, setup: Any, gradients: Any, once: bool
+) -> type[torch.autograd.Function]:
     """The eager twin. A `forward` that takes ctx costs 20 us less a call than one with setup_context."""
 
     def forward(ctx: Any, *args: Any) -> Any:
@@ -149,11 +160,11 @@ def _eager_function(name: str, run: Any, run_backward: Any, setup: Any, gradient
         setup(ctx, args, output)
         return output
 
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return gradients(ctx, run_backward, *grads)
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    differentiated = once_differentiable(backward) if once else backward
+    members = {"forward": staticmethod(forward), "backward": staticmethod(differentiated)}
     return type(f"{name}_function", (torch.autograd.Function,), members)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlhf_kernels.runtime.checks import floating, same
@@ -52,8 +51,8 @@ def swiglu(x: Tensor, gate: Tensor | None = None, *, gate_first: bool = False) -
     Args:
         x: [..., 2F] holding both operands side by side, or [..., F] with `gate` apart.
         gate: [..., F], same shape, dtype and device as x; None where x is packed.
-        gate_first: whether the gate is the first half of a packed x (Llama's fused projections). PaLM's is the
-            second half, the default. Has no effect with two tensors.
+        gate_first: whether the gate is the first half of a packed x (Llama's fused projections); in PaLM it
+            is the second. Has no effect with two tensors.
 
     Returns:
         [..., F] in x's dtype; arithmetic is in float32 (float64 for float64).
@@ -67,7 +66,7 @@ def swiglu(x: Tensor, gate: Tensor | None = None, *, gate_first: bool = False) -
         same("swiglu", "x", x, "gate", gate)
     elif x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(
-            f"swiglu(): packed x must end in an even dimension (both operands side by side), got {tuple(x.shape)}. "
-            "Pass gate= where the operands are two tensors."
+            "swiglu(): packed x must end in an even dimension (both operands side by side), got "
+            f"{tuple(x.shape)}. Pass gate= where the operands are two tensors."
         )
     return _swiglu(x, gate, gate_first)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from rlhf_kernels.engine.spec import (
-    FLOAT_DTYPES, TARGETS, Case, Cost, Direction, HostKernel, Inputs, KernelBuild, Knob, OpSpec, itemsize, randn,
-)  # fmt: skip
+    FLOAT_DTYPES,
+    TARGETS,
+    Case,
+    Cost,
+    Direction,
+    HostKernel,
+    Inputs,
+    KernelBuild,
+    Knob,
+    OpSpec,
+    itemsize,
+    randn,
+)
 from rlhf_kernels.ops.swiglu import kernel_torch, reference, swiglu
 
 ALL_DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -49,7 +61,8 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: tor
 def cost(case: Case, dtype: torch.dtype, direction: Direction) -> Cost:
     """Forward reads two operands and writes one; backward reads three and writes two."""
     n = case.sizes["N"] * case.sizes["F"]
-    return Cost(flops=n * (5 if direction == "forward" else 10), bytes=n * itemsize(dtype) * (3 if direction == "forward" else 5))
+    flops, moved = (5, 3) if direction == "forward" else (10, 5)
+    return Cost(flops=n * flops, bytes=n * itemsize(dtype) * moved)
 
 
 def kernels() -> Iterator[KernelBuild]:
@@ -58,18 +71,19 @@ def kernels() -> Iterator[KernelBuild]:
 
     for target in TARGETS:
         for dtype in ("fp32", "bf16", "fp16"):
-            pointer = f"*{dtype}"
-            common = {"target": target, "constants": {"BLOCK": k.BLOCK}, "num_warps": k.NUM_WARPS}
-            forward = {"x_ptr": pointer, "gate_ptr": pointer, "out_ptr": pointer,
-                       "x_stride": "i32", "gate_stride": "i32", "n_cols": "i32"}  # fmt: skip
-            yield KernelBuild(f"forward/{dtype}", k.swiglu_forward_kernel, forward, aligned=tuple(forward), **common)
-            pointers = ("grad_ptr", "x_ptr", "gate_ptr", "grad_x_ptr", "grad_gate_ptr")
-            strides = ("grad_stride", "x_stride", "gate_stride", "out_stride", "n_cols")
-            backward = dict.fromkeys(pointers, pointer) | dict.fromkeys(strides, "i32")
-            yield KernelBuild(f"backward/{dtype}", k.swiglu_backward_kernel, backward, aligned=tuple(backward), **common)
+            for kernel, name, pointers, strides in (
+                (k.swiglu_forward_kernel, "forward", "x gate out", "x gate"),
+                (k.swiglu_backward_kernel, "backward", "grad x gate grad_x grad_gate", "grad x gate out"),
+            ):
+                signature = {f"{pointer}_ptr": f"*{dtype}" for pointer in pointers.split()}
+                signature |= {f"{stride}_stride": "i32" for stride in strides.split()} | {"n_cols": "i32"}
+                yield KernelBuild(
+                    f"{name}/{dtype}", kernel, signature, {"BLOCK": k.BLOCK}, target,
+                    num_warps=k.NUM_WARPS, aligned=tuple(signature),
+                )  # fmt: skip
 
 
-def _host_swiglu(host):  # noqa: ANN001, ANN202
+def _host_swiglu(host: Any) -> Callable[[], Any]:
     import numpy
 
     x = numpy.linspace(-8, 8, 16384, dtype=numpy.float32)

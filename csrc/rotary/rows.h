@@ -1,0 +1,42 @@
+// Rotates the pairs (a, b) of `rows` rows by their angles: (a cos - b sin, b cos + a sin). With sign -1 they
+// turn back, which is the gradient. Included by foreach_isa.h.
+//
+// Tables and output are contiguous, rows of x are x_stride apart. Halves: a row is all a, then all b.
+template <class T>
+void rotate_halves(const T* x, int64_t x_stride, const float* cos, const float* sin, T* out, int64_t rows,
+                   int64_t half, float sign) {
+  using A = acc_t<T>;
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      const A c = cos[i], s = sign * sin[i];
+      const A a = load(x[i]), b = load(x[half + i]);
+      out[i] = store<T>(a * c - b * s);
+      out[half + i] = store<T>(b * c + a * s);
+    }
+    x += x_stride;
+    out += 2 * half;
+    cos += half;
+    sin += half;
+  }
+}
+
+// Interleaved: a and b are neighbours.
+template <class T>
+void rotate_neighbours(const T* x, int64_t x_stride, const float* cos, const float* sin, T* out, int64_t rows,
+                       int64_t half, float sign) {
+  using A = acc_t<T>;
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      const A c = cos[i], s = sign * sin[i];
+      const A a = load(x[2 * i]), b = load(x[2 * i + 1]);
+      out[2 * i] = store<T>(a * c - b * s);
+      out[2 * i + 1] = store<T>(b * c + a * s);
+    }
+    x += x_stride;
+    out += 2 * half;
+    cos += half;
+    sin += half;
+  }
+}
