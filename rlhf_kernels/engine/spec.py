@@ -119,11 +119,19 @@ class HostKernel:
 
 @dataclass(frozen=True)
 class Knob:
-    """A tunable number of one backend: candidates, the default first."""
+    """A tunable number of one backend: a keyword argument of its kernel's functions.
+
+    Attributes:
+        name: the keyword.
+        backend: whose.
+        candidates: values to try, the default first.
+        functions: which of the kernel's functions take it.
+    """
 
     name: str
     backend: str
     candidates: tuple[int, ...]
+    functions: tuple[str, ...] = ("forward", "backward")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from rlhf_kernels.engine.bench import Bench
 from rlhf_kernels.engine.clock import Limits, clock_for
 from rlhf_kernels.engine.roofs import roofs_for
 from rlhf_kernels.engine.spec import load_specs
+from rlhf_kernels.engine.tune import Tuner, tunable
 
 Emit = Callable[..., None]
 
@@ -43,7 +44,24 @@ def bench(request: dict[str, Any], emit: Emit) -> None:
             emit("row", row=row.to_json())
 
 
-COMMANDS = {"bench": bench}
+def tune(request: dict[str, Any], emit: Emit) -> None:
+    """Tunes the requested [op, case, dtype], each with every backend that is named."""
+    device, specs = torch.device(request["device"]), load_specs(request["package"])
+    for op, case, dtype in request["measurements"]:
+        spec = specs[op]
+        for backend in request["wanted"]:
+            if backend not in tunable(spec, device.type):
+                continue
+            emit("start", op=op, case=case, dtype=dtype, backend=backend)
+            tuner = Tuner(
+                spec, spec.case(case), getattr(torch, dtype), backend, device, clock_for(device),
+                Limits(**request["limits"]),
+            )  # fmt: skip
+            for outcome in tuner.outcomes():
+                emit("outcome", outcome=dataclasses.asdict(outcome))
+
+
+COMMANDS = {"bench": bench, "tune": tune}
 
 
 def main() -> None:

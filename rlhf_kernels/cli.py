@@ -1,0 +1,168 @@
+"""The command `rlhf-kernels`: doctor, list, check, bench, tune, budget.
+
+Every command works without a GPU, takes --json, and writes tables for people: rich on a terminal, Markdown in
+a pipe. What it measured so far is kept when it is interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import rlhf_kernels
+from rlhf_kernels.engine import commands, select, table
+from rlhf_kernels.engine.conditions import WorkerError
+from rlhf_kernels.engine.select import UsageError
+
+_EPILOG = """\
+examples:
+  rlhf-kernels doctor                          what runs here, what does not, and how to mend it
+  rlhf-kernels check gae --dtype float32       hold every backend against the float64 definition
+  rlhf-kernels bench attention                 time it against eager, torch.compile and installed peers
+  rlhf-kernels bench --tier smoke --json       every op on small shapes, for a machine to read
+  rlhf-kernels tune swiglu                     find the best grain here; read back at run time
+
+exit codes: 0 fine, 1 regression, 2 incorrect, 3 environments differ, 64 usage, 130 interrupted
+environment: RLHF_KERNELS_BACKEND, RLHF_KERNELS_STRICT, RLHF_KERNELS_TUNED, RLHF_KERNELS_CACHE, NO_COLOR
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence; `main` gives it its exit code."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError instead of printing the usage."""
+        raise UsageError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser().parse_args(_known_command(argv))
+        args.line = shlex.join(["rlhf-kernels", *argv])
+        return args.run(args)
+    except UsageError as error:
+        table.complain(f"rlhf-kernels: {error}")
+        return commands.USAGE
+    except WorkerError as error:
+        table.complain(f"rlhf-kernels: {error}")
+        return commands.SOFTWARE
+    except KeyboardInterrupt:
+        table.complain("rlhf-kernels: interrupted")
+        return commands.INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # a reader such as `head` has left: nothing more to say
+        return commands.OK
+
+
+def _known_command(argv: list[str]) -> list[str]:
+    first = next((word for word in argv if not word.startswith("-")), None)
+    if first is not None:
+        select.known("command", [first], COMMANDS)
+    return argv or ["--help"]
+
+
+def _parser() -> Parser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("rlhf-kernels", description=_summary(__doc__), epilog=_EPILOG, formatter_class=form)
+    parser.add_argument("--version", action="version", version=rlhf_kernels.__version__)
+    commands = parser.add_subparsers(metavar="command", required=True, parser_class=Parser)
+    for name, (run, add) in COMMANDS.items():
+        text = run.__doc__ or ""
+        one = commands.add_parser(
+            name, help=_summary(text).rstrip("."), description=text, formatter_class=form, allow_abbrev=False
+        )
+        one.add_argument("--json", action="store_true", help="print one JSON value instead of tables")
+        one.add_argument("--quiet", action="store_true", help="no progress on standard error")
+        one.add_argument("--specs", default="rlhf_kernels.ops", help=argparse.SUPPRESS)
+        add(one)
+        one.set_defaults(run=run)
+    return parser
+
+
+def _summary(text: str) -> str:
+    return text.partition("\n\n")[0].strip()
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected a number above zero, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def _ops(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ops", nargs="*", metavar="op", help="names of ops; none means all")
+
+
+def _selection(parser: argparse.ArgumentParser) -> None:
+    _ops(parser)
+    many = {"action": "extend", "type": _words, "default": []}
+    parser.add_argument("--op", dest="more_ops", metavar="NAME,..", help="the same as naming it", **many)
+    parser.add_argument("--case", metavar="NAME,..", help="names or patterns such as 'palm*'", **many)
+    parser.add_argument("--dtype", metavar="NAME,..", help="float32, bfloat16, ... or all", **many)
+    parser.add_argument("--tier", metavar="NAME,..", help=", ".join(select.TIERS), **many)
+    parser.add_argument(
+        "--backend", "--impl", metavar="NAME,..", help="backends; for bench also peers, by label", **many
+    )
+    parser.add_argument("--device", help="cpu or cuda; the GPU where there is one")
+
+
+def _timing(parser: argparse.ArgumentParser) -> None:
+    _selection(parser)
+    parser.add_argument("--threads", type=_positive(int), help="threads of the CPU")
+    parser.add_argument(
+        "--seconds", type=_positive(float), help="time for the rounds of a case and direction"
+    )
+    parser.add_argument(
+        "--precision", type=_positive(float), default=0.01, help="stop at this half width (0.01)"
+    )
+
+
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    _timing(parser)
+    parser.add_argument("--processes", type=_positive(int), default=1, help="take the median of so many")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the results to this file")
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    _selection(parser)
+    parser.add_argument("--verbose", action="store_true", help="show every row, not only what failed")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the results to this file")
+
+
+def _budget_options(parser: argparse.ArgumentParser) -> None:
+    _ops(parser)
+    many = {"action": "extend", "type": _words, "default": []}
+    parser.add_argument("--target", metavar="NAME,..", help="sm_80, sm_90, sm_100, gfx942, v3", **many)
+    parser.add_argument("--kind", metavar="NAME,..", help="triton, cuda, host", **many)
+    parser.add_argument("--update", action="store_true", help="write new figures down; tightening is free")
+    parser.add_argument("--reason", default="", help="why a budget loosens, for CHANGELOG.md")
+    parser.add_argument("--verbose", action="store_true", help="show every kernel, not only what is over")
+
+
+Run = Callable[[argparse.Namespace], int]
+COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
+    "doctor": (commands.doctor, lambda parser: None),
+    "list": (commands.list_ops, _ops),
+    "check": (commands.check, _check_options),
+    "bench": (commands.bench, _bench_options),
+    "tune": (commands.tune_ops, _timing),
+    "budget": (commands.budget, _budget_options),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""What works here and what does not: each backend per device, with the reason and the remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from rlhf_kernels.engine import conditions
+from rlhf_kernels.engine.fingerprint import build_id, fingerprint
+from rlhf_kernels.engine.spec import load_specs
+from rlhf_kernels.runtime import native, tuned
+from rlhf_kernels.runtime.dispatch import BACKENDS, BackendError, explain, unavailable
+from rlhf_kernels.runtime.files import cache_directory
+from rlhf_kernels.stacks import STACKS, peers
+
+
+@dataclass
+class Finding:
+    """One line: `state` is ok, absent (works without it) or error (broken)."""
+
+    topic: str
+    name: str
+    state: Literal["ok", "absent", "error"]
+    detail: str
+
+
+def findings() -> Iterator[Finding]:
+    """Everything worth knowing, topic by topic."""
+    yield from _machine()
+    yield from _backends()
+    yield from _ops()
+    yield from _tools()
+    yield from _tuned()
+    yield from _peers()
+    yield from _environment()
+
+
+def _finding(topic: str, name: str, found: str | None, otherwise: str) -> Finding:
+    return Finding(topic, name, "ok" if found else "absent", found or otherwise)
+
+
+def _machine() -> Iterator[Finding]:
+    found = fingerprint()
+    processor = f"{found['processor']}, {found['cores']} cores, instruction set {found['isa'] or 'unknown'}"
+    yield Finding("machine", "processor", "ok", processor)
+    yield _finding("machine", "GPU", _gpus(), _no_gpu())
+    yield Finding("machine", "python", "ok", f"{platform.python_version()} ({sys.executable})")
+    for name in ("rlhf-kernels", "torch", "triton", "numpy", "rich"):
+        version = _version(name)
+        yield _finding("machine", name, version, "not installed")
+    if (busy := conditions.load()) and busy > 0.5:
+        note = f"load {busy:.1f} a core: timings will be noisy until the machine is idle"
+        yield Finding("machine", "load", "error", note)
+
+
+def _gpus() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    names = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return ", ".join(f"{count} x {name}" for name, count in names.items())
+
+
+def _no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "torch is a CPU build; with a GPU, install a build of torch for it (pytorch.org/get-started)"
+    return "torch sees no GPU: torch.cuda.is_available() is False"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _backends() -> Iterator[Finding]:
+    for device in ("cpu", "cuda"):
+        present = device == "cpu" or torch.cuda.is_available()
+        for name in BACKENDS:
+            reason = unavailable(name, device) if present else _no_gpu()
+            yield Finding(f"backends on {device}", name, "absent" if reason else "ok", reason or "available")
+
+
+def _ops() -> Iterator[Finding]:
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    for spec in load_specs().values():
+        for device in devices:
+            try:
+                choice = explain(spec.name, device=device)
+                yield Finding(
+                    "what runs", f"{spec.name} on {device}", "ok", f"{choice.backend}: {choice.reason}"
+                )
+            except BackendError as error:
+                yield Finding("what runs", f"{spec.name} on {device}", "error", str(error))
+
+
+def _tools() -> Iterator[Finding]:
+    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
+    tools = {
+        "C++ compiler": (compiler, "install g++: native kernels and torch.compile on CPU need it"),
+        "nvcc": ("nvcc", "install the CUDA toolkit to build the CUDA C++ kernels"),
+        "ninja": ("ninja", "pip install ninja"),
+        "valgrind": ("valgrind", "counts instructions for `budget`; apt install valgrind"),
+    }
+    for name, (command, remedy) in tools.items():
+        yield _finding("tools", name, _tool(command), remedy)
+    for name in native.LIBRARIES:
+        reason = native.missing(name)
+        yield _finding("native build", name, None if reason else f"build {build_id(name)}", reason or "")
+
+
+def _tool(command: str) -> str | None:
+    path = shutil.which(command) or shutil.which(command, path=os.path.dirname(sys.executable))
+    if path is None:
+        return None
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        said = ""
+    lines = [line for line in said.splitlines() if any(c.isdigit() for c in line) and "Copyright" not in line]
+    return f"{lines[0].strip()} ({path})" if lines else path
+
+
+def _tuned() -> Iterator[Finding]:
+    path = tuned.table_path()
+    entries = tuned.read_table(path)
+    if not entries:
+        yield Finding("tuned table", "tuned.json", "absent", f"none at {path}: rlhf-kernels tune makes it")
+        return
+    reasons = Counter(tuned.mismatch(entry, _device_of(entry)) for entry in entries)
+    used = reasons.pop(None, 0)
+    yield Finding("tuned table", "tuned.json", "ok", f"{used} of {len(entries)} entries apply here ({path})")
+    for reason, count in reasons.items():
+        yield Finding("tuned table", f"{count} skipped", "absent", f"{reason}: rlhf-kernels tune")
+
+
+def _device_of(entry: dict) -> str:
+    return "cpu" if entry["device"] == tuned.device_name("cpu") or not torch.cuda.is_available() else "cuda"
+
+
+def _peers() -> Iterator[Finding]:
+    for stack in STACKS:
+        packages = {peer.package: peer.version() for peer in peers(stack=stack)}
+        for package, version in packages.items():
+            yield _finding("peers for bench", package, version, "not installed: make peers")
+
+
+def _environment() -> Iterator[Finding]:
+    yield Finding("environment", "cache", "ok", str(cache_directory()))
+    for name in sorted(n for n in os.environ if n.startswith("RLHF_KERNELS_") or n == "TRITON_INTERPRET"):
+        yield Finding("environment", name, "ok", os.environ[name])
+    fixed = ", ".join(f"{name}={value}" for name, value in conditions.conditions(1).items())
+    yield Finding("environment", "bench runs with", "ok", fixed)
