@@ -11,7 +11,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Token, its log-probability among all tokens, and log of the mass that truncation kept.
 
-    Mass is added up in float64: in float32 the tail of a vocabulary of 150,000 tokens would never be drawn.
+    Mass is added up in float64: float32 does not tell the tokens in the tail of a large vocabulary apart.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     peak = logits.amax(-1, keepdim=True)
@@ -24,7 +24,7 @@ def forward(
         drawable &= _kept(logits, peak, temperature, top_k, top_p)
         mass = weight.masked_fill(~drawable, 0).cumsum(-1, dtype=torch.float64)
         kept = mass[:, -1:]
-    # Of equal numbers argmax gives the first.
+    # argmax gives the first. `drawable`: a parallel sum may step by its rounding where nothing is added.
     token = (drawable & (mass > uniform.unsqueeze(-1) * kept)).to(torch.uint8).argmax(-1, keepdim=True)
     logprob = z.gather(-1, token) - total.log()
     return token.squeeze(-1), logprob.to(dtype).squeeze(-1), (kept / total).log().to(dtype).squeeze(-1)

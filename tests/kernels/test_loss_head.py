@@ -1,0 +1,288 @@
+"""logprob and linear_logprob: what the specs' loops do not ask."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rlhf_kernels
+from rlhf_kernels import linear_logprob, logprob
+from rlhf_kernels.ops.loss_head import kernel_torch, linear_kernel_torch
+from tests.golden.load import golden
+
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
+
+
+def randn(*shape, **options):
+    return torch.randn(*shape, dtype=torch.float64, **options)
+
+
+@pytest.mark.parametrize("function", sorted({r["function"] for r in golden("logprob")}))
+def test_is_what_other_stacks_compute(function):
+    for record in golden("logprob", function=function):
+        inputs = record["inputs"]
+        logits = inputs["logits"].requires_grad_()
+        found = dict(zip(("logprob", "entropy"), logprob(logits, inputs["target"], **record["kwargs"])))
+        for name, expected in record["outputs"].items():
+            scale = max(1.0, inputs["logits"].abs().max().item())
+            torch.testing.assert_close(
+                found[name], expected, rtol=1e-5, atol=1e-6 * scale, msg=record["case"]
+            )
+            (grad,) = torch.autograd.grad(found[name], logits, inputs[f"grad_{name}"])
+            torch.testing.assert_close(grad, record["grads"]["logits"], rtol=1e-4, atol=3e-6 * scale)
+
+
+@pytest.mark.parametrize("package", sorted({r["package"] for r in golden("linear_logprob")}))
+def test_linear_is_what_other_stacks_compute(package):
+    for record in golden("linear_logprob", package):
+        inputs = record["inputs"]
+        upstream = [inputs.pop(f"grad_{name}") for name in ("logprob", "entropy")]
+        wrt = {name: inputs[name].requires_grad_() for name in record["grads"]}
+        found = linear_logprob(**inputs, **record["kwargs"])
+        for got, name in zip(found, ("logprob", "entropy")):
+            torch.testing.assert_close(got, record["outputs"][name], rtol=1e-5, atol=1e-5)
+        for got, name in zip(torch.autograd.grad(found, list(wrt.values()), upstream), wrt):
+            torch.testing.assert_close(got, record["grads"][name], rtol=1e-4, atol=1e-5)
+
+
+@BACKENDS
+def test_gradients_through_both_results(backend):
+    logits, target = randn(2, 3, 7, requires_grad=True), torch.randint(0, 7, (2, 3))
+    with rlhf_kernels.backend(backend):
+        assert torch.autograd.gradcheck(lambda z: logprob(z, target, temperature=0.7), (logits,))
+
+
+@BACKENDS
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_linear_gradients_through_both_results(backend, softcap):
+    hidden, weight, bias = randn(5, 4), randn(6, 4), randn(6)
+    inputs = tuple(t.requires_grad_() for t in (hidden, weight, bias))
+    target = torch.tensor([0, 5, -1, 2, 2])
+
+    def call(hidden, weight, bias):
+        options = {"bias": bias, "temperature": 1.3, "softcap": softcap, "ignore_index": -1}
+        return linear_logprob(hidden, weight, target, **options)
+
+    with rlhf_kernels.backend(backend):
+        assert torch.autograd.gradcheck(call, inputs)
+
+
+def test_second_derivative_is_the_definitions():
+    logits, target = randn(2, 5, requires_grad=True), torch.tensor([1, 4])
+    with rlhf_kernels.backend("reference"):
+        assert torch.autograd.gradgradcheck(lambda z: logprob(z, target), (logits,))
+
+
+def test_entropy_at_its_ends():
+    target = torch.zeros(1, dtype=torch.int64)
+    found, entropy = logprob(torch.full((1, 1000), 3.0), target)
+    torch.testing.assert_close(entropy, torch.tensor([math.log(1000)]))
+    torch.testing.assert_close(found, -entropy)
+    certain = torch.zeros(1, 1000).index_fill_(1, target, 200.0)
+    assert [t.item() for t in logprob(certain, target)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_vocabulary_is_harmless(dtype):
+    logits = torch.randn(4, 10).to(dtype)
+    logits[:, 3:] = -math.inf
+    logits.requires_grad_()
+    target = torch.tensor([0, 2, 5, 1])
+    found = logprob(logits, target)
+    short = logprob(logits[:, :3], target.clamp(max=2))
+    real = torch.tensor([0, 1, 3])
+    for got, want in zip(found, short):
+        torch.testing.assert_close(got[real], want[real])
+    assert found[0][2] == -math.inf
+    assert found[1].isfinite().all()
+    (grad,) = torch.autograd.grad(found, logits, (torch.ones(4), torch.ones(4)))
+    assert grad.isfinite().all()
+    assert not grad[real][:, 3:].any()
+
+
+def test_a_row_without_a_token_spoils_no_other():
+    logits = torch.randn(3, 8)
+    logits[1] = -math.inf
+    found = logprob(logits.requires_grad_(), torch.tensor([1, 2, 3]))
+    grad = torch.autograd.grad(found, logits, (torch.ones(3), torch.ones(3)))[0]
+    for t in (*found, grad):
+        assert t[1].isnan().all()
+        assert t[[0, 2]].isfinite().all()
+
+
+def test_ignored_rows_count_for_nothing():
+    """Not even NaN in them: they are padding."""
+    hidden, weight, bias = torch.randn(6, 8), torch.randn(11, 8), torch.randn(11)
+    target = torch.tensor([3, -100, 0, -100, 10, 7])
+    real = target != -100
+    hidden[1], hidden[3] = math.nan, math.inf
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]
+    upstream = torch.randn(6), torch.randn(6)
+    found = linear_logprob(hidden, weight, target, bias=bias)
+    alone = linear_logprob(hidden[real], weight, target[real], bias=bias)
+    for got, want in zip(found, alone):
+        assert not got[~real].any()
+        torch.testing.assert_close(got[real], want)
+    grads = torch.autograd.grad(found, inputs, upstream)
+    expected = torch.autograd.grad(alone, inputs, [g[real] for g in upstream])
+    for got, want in zip(grads, expected):
+        torch.testing.assert_close(got, want)
+    assert not grads[0][~real].any()
+
+
+def test_linear_is_logprob_of_the_product():
+    """Over the border of a block of rows."""
+    n = linear_kernel_torch.ROWS + 1
+    hidden, weight, target = randn(n, 6), randn(9, 6), torch.randint(0, 9, (n,))
+    both = [[t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2)]
+    fused = linear_logprob(*both[0], target, temperature=0.8)
+    apart = logprob(F.linear(*both[1]), target, temperature=0.8)
+    for got, want in zip(fused, apart):
+        torch.testing.assert_close(got, want)
+    upstream = randn(n), randn(n)
+    for got, want in zip(*(torch.autograd.grad(o, i, upstream) for o, i in zip((fused, apart), both))):
+        torch.testing.assert_close(got, want)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that comes into being, and how many matrix products do."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        found = result if isinstance(result, tuple | list) else (result,)
+        sizes = [
+            t.untyped_storage().nbytes() // t.element_size() for t in found if isinstance(t, torch.Tensor)
+        ]
+        self.numel = max(self.numel, *sizes, 0)
+        self.products += func.overloadpacket in (
+            torch.ops.aten.mm,
+            torch.ops.aten.addmm,
+            torch.ops.aten.addmm_,
+        )
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_the_logits_are_never_held(dtype, softcap):
+    n, e, v = 8 * linear_kernel_torch.ROWS, 8, 100
+    hidden, weight, target = (
+        torch.randn(n, e).to(dtype),
+        torch.randn(v, e).to(dtype),
+        torch.randint(0, v, (n,)),
+    )
+    options = (0.7, softcap, -100)
+    with Largest() as seen:
+        results = linear_kernel_torch.forward(hidden, weight, None, target, *options)
+        grads = torch.ones(n), torch.ones(n)
+        operands = (*grads, hidden, weight, None, target, *results[1:])
+        linear_kernel_torch.backward(*operands, *options, [True, True, False])
+    assert seen.numel <= 2 * linear_kernel_torch.ROWS * v
+    assert seen.numel < n * v / 2
+
+
+def test_a_frozen_weight_costs_no_product():
+    hidden, weight, target = torch.randn(4, 8), torch.randn(9, 8), torch.randint(0, 9, (4,))
+    results = linear_kernel_torch.forward(hidden, weight, None, target, 1.0, None, -100)
+    operands = (torch.ones(4), torch.ones(4), hidden, weight, None, target, *results[1:], 1.0, None, -100)
+    counts = []
+    for wanted in ([True, True, False], [True, False, False], [False, True, False]):
+        with Largest() as seen:
+            found = linear_kernel_torch.backward(*operands, wanted)
+        assert [bool(t.numel()) for t in found] == wanted
+        counts.append(seen.products)
+    assert counts == [3, 2, 2]
+    (grad,) = torch.autograd.grad(linear_logprob(hidden.requires_grad_(), weight, target)[0].sum(), hidden)
+    with rlhf_kernels.backend("reference"):
+        (expected,) = torch.autograd.grad(linear_logprob(hidden, weight, target)[0].sum(), hidden)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_results_are_float32(dtype):
+    """In 16 bits a log-probability near -10 is known to 0.03 at best: a ratio to 3 %."""
+    logits, target = (3 * torch.randn(50, 500)).to(dtype), torch.randint(0, 500, (50,))
+    for got, want in zip(logprob(logits, target), logprob(logits.double(), target)):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_does_not_depend_on_its_batch(threads, monkeypatch):
+    logits, target = torch.randn(5, 40001), torch.randint(0, 40001, (5,))
+    monkeypatch.setattr(kernel_torch, "BLOCK", 3 * 40001)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = logprob(logits, target)
+        rows = [logprob(logits[i : i + 1], target[i : i + 1]) for i in range(5)]
+    finally:
+        torch.set_num_threads(before)
+    for k in range(2):
+        assert torch.cat([row[k] for row in rows]).equal(whole[k])
+
+
+def test_backward_can_be_repeated():
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    loss = sum(t.sum() for t in linear_logprob(hidden, weight, torch.tensor([0, 1, 2, 3, 8]), softcap=3.0))
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, (hidden, weight))):
+        assert a.equal(b)
+
+
+LOGITS, TARGET = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"logits": LOGITS.long()}, TypeError, r"logits must be float32.*got int64 \(2, 5\)"),
+        ({"logits": LOGITS[:, :0]}, ValueError, r"at least one token, got \(2, 0\)"),
+        (
+            {"target": TARGET.int()},
+            TypeError,
+            r"target must be int64, got int32 \(2,\)\. Cast with target\.long",
+        ),
+        ({"target": [0, 0]}, TypeError, "target must be an int64 tensor, got list"),
+        ({"target": TARGET[:1]}, ValueError, r"one token for each row, \(2,\), got \(1,\)"),
+        ({"target": TARGET + 5}, ValueError, "at least 0 and below 5, got 5"),
+        ({"target": TARGET - 100}, ValueError, "at least 0 and below 5, got -100. Give masked positions"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+        ({"temperature": math.nan}, ValueError, "temperature must be positive and finite, got nan"),
+        ({"temperature": "hot"}, TypeError, "temperature must be .*number, got str"),
+    ],
+)
+def test_bad_input(change, error, text):
+    with pytest.raises(error, match=rf"logprob\(\): .*{text}"):
+        logprob(**({"logits": LOGITS, "target": TARGET} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"hidden": torch.zeros(2, 1, 3)}, ValueError, r"hidden must be \[N, E\].*hidden\.flatten\(0, -2\)"),
+        (
+            {"weight": torch.zeros(5, 4)},
+            ValueError,
+            r"weight must have a row of hidden's size .*\(5, 3\), got \(5, 4\)",
+        ),
+        ({"weight": torch.zeros(5, 3).half()}, TypeError, r"dtype of hidden.*got torch.float16.*weight\.to"),
+        (
+            {"bias": torch.zeros(4)},
+            ValueError,
+            r"bias must have one element for each token, \(5,\), got \(4,\)",
+        ),
+        ({"target": TARGET - 1}, ValueError, "below 5 or -100, which is ignored, got -1"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, got 0.0"),
+    ],
+)
+def test_linear_bad_input(change, error, text):
+    arguments = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "target": TARGET} | change
+    with pytest.raises(error, match=rf"linear_logprob\(\): .*{text}"):
+        linear_logprob(**arguments)
