@@ -14,9 +14,9 @@ import torch
 from rlhf_kernels.engine import campaign, select, show, store, table, tune
 from rlhf_kernels.engine import doctor as examination
 from rlhf_kernels.engine.clock import Limits
-from rlhf_kernels.engine.conditions import load
+from rlhf_kernels.engine.conditions import running
 from rlhf_kernels.engine.fingerprint import fingerprint
-from rlhf_kernels.engine.implementations import names
+from rlhf_kernels.engine.implementations import COMPILED, names
 from rlhf_kernels.engine.row import Row, dtype_name
 from rlhf_kernels.engine.select import UsageError
 from rlhf_kernels.engine.spec import Case, OpSpec, load_specs
@@ -150,14 +150,14 @@ def bench(args: argparse.Namespace) -> int:
         _print_json(run.to_json())
     else:
         show.bench(run.rows, load_specs(args.specs))
-        busy = load()
-        noisy = (
-            f"The load was {busy:.1f} a core: another process shared the machine."
-            if (busy or 0) > 0.75
-            else ""
-        )
-        table.print_notes([*show.how_timed(run.rows), noisy, f"Again: {args.line}"])
-    return _code(run, (*BACKENDS, "torch.compile"))
+        table.print_notes([*show.how_timed(run.rows), *_noise(place), f"Again: {args.line}"])
+    return _code(run, (*BACKENDS, COMPILED))
+
+
+def _noise(place: campaign.Place) -> list[str]:
+    """A warning where more ran than what was timed."""
+    others = running() - place.threads
+    return [f"Careful: {others:.0f} other processes were running on this machine."] if others > 0.5 else []
 
 
 def tune_ops(args: argparse.Namespace) -> int:
@@ -172,9 +172,7 @@ def tune_ops(args: argparse.Namespace) -> int:
     able = [spec for spec in specs if set(tune.tunable(spec, place.device)) & set(backends)]
     if not able:
         asked = ", ".join(spec.name for spec in specs)
-        raise UsageError(
-            f"nothing to tune on {place.device} in {asked}: no knob is declared for these backends"
-        )
+        raise UsageError(f"nothing to tune on {place.device}: no knob of {asked} for these backends")
     tiers = args.tier or ("smoke", "typical")
     chosen = select.measurements(able, args.case, args.dtype, tiers, _first_dtype(place.device))
     outcomes: list[tune.Outcome] = []

@@ -42,12 +42,12 @@ def unmet(threads: int) -> list[str]:
     return [f"{name}={value}" for name, value in conditions(threads).items() if os.environ.get(name) != value]
 
 
-def load() -> float | None:
-    """What else runs here: the load average of the last minute over the number of cores."""
+def running() -> float:
+    """How many processes ran at once in the last minute, on average; 0 where that is not known."""
     try:
-        return os.getloadavg()[0] / (os.cpu_count() or 1)
+        return os.getloadavg()[0]
     except OSError:
-        return None
+        return 0.0
 
 
 def work(request: Mapping[str, Any], threads: int) -> Iterator[dict[str, Any]]:

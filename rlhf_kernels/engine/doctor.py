@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from typing import Literal
 import torch
 
 from rlhf_kernels.engine import conditions
+from rlhf_kernels.engine.check import one_line
 from rlhf_kernels.engine.fingerprint import build_id, fingerprint
-from rlhf_kernels.engine.spec import load_specs
 from rlhf_kernels.runtime import native, tuned
 from rlhf_kernels.runtime.dispatch import BACKENDS, BackendError, explain, unavailable
 from rlhf_kernels.runtime.files import cache_directory
@@ -28,23 +29,21 @@ from rlhf_kernels.stacks import STACKS, peers
 
 @dataclass
 class Finding:
-    """One line: `state` is ok, absent (works without it) or error (broken)."""
+    """One line: `state` is ok, absent (it works without), warning or error."""
 
     topic: str
     name: str
-    state: Literal["ok", "absent", "error"]
+    state: Literal["ok", "absent", "warning", "error"]
     detail: str
 
 
 def findings() -> Iterator[Finding]:
     """Everything worth knowing, topic by topic."""
-    yield from _machine()
-    yield from _backends()
-    yield from _ops()
-    yield from _tools()
-    yield from _tuned()
-    yield from _peers()
-    yield from _environment()
+    for topic in (_machine, _backends, _ops, _tools, _tuned, _peers, _environment):
+        try:
+            yield from topic()
+        except Exception as error:  # what is broken must not hide the rest
+            yield Finding(topic.__name__.strip("_"), "doctor", "error", one_line(error))
 
 
 def _finding(topic: str, name: str, found: str | None, otherwise: str) -> Finding:
@@ -60,9 +59,9 @@ def _machine() -> Iterator[Finding]:
     for name in ("rlhf-kernels", "torch", "triton", "numpy", "rich"):
         version = _version(name)
         yield _finding("machine", name, version, "not installed")
-    if (busy := conditions.load()) and busy > 0.5:
-        note = f"load {busy:.1f} a core: timings will be noisy until the machine is idle"
-        yield Finding("machine", "load", "error", note)
+    if (busy := conditions.running()) > 0.5:
+        note = f"{busy:.1f} processes were running in the last minute: timings will be noisy"
+        yield Finding("machine", "load", "warning", note)
 
 
 def _gpus() -> str | None:
@@ -86,24 +85,26 @@ def _version(name: str) -> str | None:
 
 
 def _backends() -> Iterator[Finding]:
-    for device in ("cpu", "cuda"):
-        present = device == "cpu" or torch.cuda.is_available()
+    for device in _devices():
         for name in BACKENDS:
-            reason = unavailable(name, device) if present else _no_gpu()
-            yield Finding(f"backends on {device}", name, "absent" if reason else "ok", reason or "available")
+            reason = unavailable(name, device)
+            yield _finding(f"backends on {device}", name, None if reason else "available", reason or "")
+    if not torch.cuda.is_available():
+        yield Finding("backends on cuda", "all", "absent", _no_gpu())
+
+
+def _devices() -> list[str]:
+    return ["cpu"] + ["cuda"] * torch.cuda.is_available()
 
 
 def _ops() -> Iterator[Finding]:
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    for spec in load_specs().values():
-        for device in devices:
+    for op in sorted(OPS):
+        for device in _devices():
             try:
-                choice = explain(spec.name, device=device)
-                yield Finding(
-                    "what runs", f"{spec.name} on {device}", "ok", f"{choice.backend}: {choice.reason}"
-                )
+                choice = explain(op, device=device)
+                yield Finding("what runs", f"{op} on {device}", "ok", f"{choice.backend}: {choice.reason}")
             except BackendError as error:
-                yield Finding("what runs", f"{spec.name} on {device}", "error", str(error))
+                yield Finding("what runs", f"{op} on {device}", "error", str(error))
 
 
 def _tools() -> Iterator[Finding]:
@@ -129,8 +130,8 @@ def _tool(command: str) -> str | None:
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         said = ""
-    lines = [line for line in said.splitlines() if any(c.isdigit() for c in line) and "Copyright" not in line]
-    return f"{lines[0].strip()} ({path})" if lines else path
+    numbered = (line.strip() for line in said.splitlines() if re.search(r"\d\.\d", line))
+    return f"{next(numbered, '')} ({path})".strip()
 
 
 def _tuned() -> Iterator[Finding]:
@@ -152,8 +153,8 @@ def _device_of(entry: dict) -> str:
 
 def _peers() -> Iterator[Finding]:
     for stack in STACKS:
-        packages = {peer.package: peer.version() for peer in peers(stack=stack)}
-        for package, version in packages.items():
+        found = dict.fromkeys((peer.package, peer.version()) for peer in peers(stack=stack))
+        for package, version in found:
             yield _finding("peers for bench", package, version, "not installed: make peers")
 
 
