@@ -22,7 +22,7 @@ from rlhf_kernels.engine import conditions
 from rlhf_kernels.engine.check import one_line
 from rlhf_kernels.engine.fingerprint import build_id, fingerprint
 from rlhf_kernels.runtime import native, tuned
-from rlhf_kernels.runtime.dispatch import BACKENDS, BackendError, explain, unavailable
+from rlhf_kernels.runtime.dispatch import BACKENDS, OPS, BackendError, explain, unavailable
 from rlhf_kernels.runtime.files import cache_directory
 from rlhf_kernels.stacks import STACKS, peers
 
