@@ -52,7 +52,11 @@ struct Moments {
     const double var = variance(options);
     // Written so that NaN stays NaN.
     const double kept = options.add_eps ? var + options.eps : var < options.eps ? options.eps : var;
-    return 1.0 / sqrt(kept);
+#ifdef __CUDA_ARCH__
+    return rsqrt(kept);
+#else
+    return 1.0 / std::sqrt(kept);
+#endif
   }
 };
 
