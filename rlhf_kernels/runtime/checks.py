@@ -57,6 +57,8 @@ def boolean(op: str, name: str, mask: Any, shape: tuple[int, ...], like: Tensor,
     """TypeError or ValueError unless `mask` is a boolean tensor of this shape, on the device of `like`."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}(): {name} must be a boolean tensor, got {type(mask).__name__}")
+    if mask.dtype is torch.bool and mask.shape == shape and mask.device == like.device:
+        return
     if mask.dtype != torch.bool:
         raise TypeError(
             f"{op}(): {name} must be boolean (True where real), got {_dtype(mask)} {tuple(mask.shape)}. "
@@ -94,10 +96,17 @@ def tokens(
         )
 
 
+def number(op: str, name: str, value: Any) -> None:
+    """TypeError unless value is a Python number."""
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(
+            f"{op}(): {name} must be a Python number, got {type(value).__name__}. A tensor gives one by .item()."
+        )
+
+
 def positive(op: str, name: str, value: Any) -> None:
     """TypeError or ValueError unless value is a finite number above zero."""
-    if not isinstance(value, _NUMBERS):
-        raise TypeError(f"{op}(): {name} must be a number, got {type(value).__name__}")
+    number(op, name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{op}(): {name} must be positive and finite, got {value!r}")
 

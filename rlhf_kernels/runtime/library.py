@@ -110,10 +110,11 @@ class Operator:
         needs_grad = False
         for i in self.tensors:
             arg = args[i]
-            if type(arg) in _PLAIN:
-                needs_grad = needs_grad or arg.requires_grad
-            elif arg is not None:
+            if arg is None:
+                continue
+            if type(arg) not in _PLAIN:
                 return self.overload(*args)
+            needs_grad = needs_grad or arg.requires_grad
         if _modes() or _transforms() is not None:
             return self.overload(*args)
         shape_class = self.shape_class(*args) if self.shape_class else None
