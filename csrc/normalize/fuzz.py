@@ -18,8 +18,7 @@ def masked_normalize(draw: Draw) -> Trial:
     real = x[mask].astype(np.float64)
     mean = real.mean() if real.size else 0.0
     rstd = 1 / np.sqrt(np.maximum(real.var() if real.size else 0.0, eps))
-    with np.errstate(invalid="ignore"):
-        expected = (x - mean) * rstd
+    expected = (x - mean) * rstd
     free = None if zero_masked else ~mask & (~np.isfinite(x) | (np.abs(x) > 1e38))
     expected = np.where(mask, expected, 0.0) if zero_masked else expected
     largest = np.abs(real).max() if real.size else 0.0

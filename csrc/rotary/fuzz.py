@@ -18,10 +18,9 @@ def rotary(draw: Draw) -> Trial:
     first, second = pairs
     wide, c, s = x.astype(np.float64), cos.astype(np.float64), sin.astype(np.float64)
     expected, slack = np.empty_like(wide), np.empty_like(wide)
-    with np.errstate(invalid="ignore"):
-        expected[first] = wide[first] * c - wide[second] * s
-        expected[second] = wide[second] * c + wide[first] * s
-        slack[first] = slack[second] = np.abs(wide[first]) + np.abs(wide[second])
+    expected[first] = wide[first] * c - wide[second] * s
+    expected[second] = wide[second] * c + wide[first] * s
+    slack[first] = slack[second] = np.abs(wide[first]) + np.abs(wide[second])
     return Trial(
         (x, draw.laid_out(cos), draw.laid_out(sin), interleaved), (expected,), np.nan_to_num(slack) * 2e-7
     )

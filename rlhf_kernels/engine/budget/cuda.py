@@ -131,9 +131,8 @@ def read_ptxas(log: str) -> Iterator[dict[str, Any]]:
 
 def stable_name(demangled: str) -> str:
     """`void rk::(anonymous namespace)::f<rk::bf16, 4>(float*)` as `f<bf16,4>`."""
-    name = demangled.replace("(anonymous namespace)::", "").replace("rk::", "")
-    name = name.partition("(")[0].removeprefix("void ")
-    return name.replace(" ", "")
+    name = demangled.replace("(anonymous namespace)::", "").partition("(")[0].removeprefix("void ")
+    return re.sub(r"\b\w+::", "", name).replace(" ", "")
 
 
 def _judged(one: Measured) -> Measured:
