@@ -167,11 +167,14 @@ class Judge:
         self, function: Callable[..., Any], upstream: Sequence[Tensor], repeat: bool
     ) -> tuple[Result, str]:
         """The result of a call in poisoned memory, and what was wrong with its manners."""
-        likes = [*self.yardstick.outputs, *self.yardstick.gradients.values()]
-        before = _snapshot(self.inputs)
+        likes = [t for r in (self.reference, self.yardstick) for t in (*r.outputs, *r.gradients.values())]
+        memory = list(_bytes_of(self.inputs))
+        before = [held.clone() for held in memory]
         with poisoned(self.device, likes):
             result = run(function, self.inputs, upstream)
-        if any(not torch.equal(now, then) for now, then in zip(_bytes_of(self.inputs), before)):
+        if not all(map(torch.equal, memory, before)):
+            for held, value in zip(memory, before):
+                held.copy_(value)
             return result, "it wrote to its inputs"
         if repeat:
             again = run(function, self.inputs, upstream)
@@ -238,7 +241,7 @@ def deviation(got: Tensor, want: Tensor, yard: Tensor, floor: float) -> tuple[fl
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """|a - b|: 0 where both are the same infinity or NaN, infinite where only one is not finite."""
-    difference = (a - b).abs().nan_to_num(nan=math.inf)
+    difference = (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf)
     return difference.masked_fill((a == b) | (a.isnan() & b.isnan()), 0.0)
 
 
@@ -273,10 +276,6 @@ def _bytes_of(inputs: Inputs) -> Iterator[Tensor]:
     for t in inputs.tensors():
         storage = t.untyped_storage()
         yield torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage, 0, (storage.nbytes(),))
-
-
-def _snapshot(inputs: Inputs) -> list[Tensor]:
-    return [memory.clone() for memory in _bytes_of(inputs)]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
