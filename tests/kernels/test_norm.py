@@ -126,6 +126,8 @@ def test_a_row_does_not_depend_on_its_batch(norm, width):
         ({"x": torch.tensor(1.0)}, ValueError, "x must have a last dimension"),
         ({"weight": torch.ones(3)}, ValueError, r"weight must have one element .*\(4,\), got \(3,\)"),
         ({"weight": torch.ones(4).half()}, TypeError, r"weight must be torch.float32 .*got torch.float16"),
+        ({"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
+        ({"weight_offset": "1"}, TypeError, "weight_offset must be a Python number, got str"),
         ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
         (
             {"residual": torch.ones(2, 3)},

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.runtime.checks import floating, on, same, shaped
+from rlhf_kernels.runtime.checks import floating, number, on, positive, same, shaped
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
@@ -88,7 +88,7 @@ def layer_norm(
         x: [..., E], floating-point.
         weight: [E], in x's dtype or float32.
         bias: [E], in weight's dtype; PaLM has none, GPT-NeoX and Phi do.
-        eps: added to the (biased) variance.
+        eps: positive; added to the (biased) variance.
         weight_offset: added to the weight in float32; 1 where a model stores gamma - 1, as PaLM's does.
         residual: as x; added to x first, as blocks that normalise their input do. The sum is rounded to x's
             dtype and normalised as rounded, so that nothing changes against an addition before the call.
@@ -98,10 +98,10 @@ def layer_norm(
         With `residual`, that and the sum.
 
     Raises:
-        TypeError: an operand is no floating-point tensor or has the wrong dtype.
-        ValueError: shapes or devices do not fit.
+        TypeError: an operand is no floating-point tensor or has the wrong dtype, an option is no number.
+        ValueError: shapes or devices do not fit, eps is not positive.
     """
-    _check("layer_norm", x, weight, bias, residual)
+    _check("layer_norm", x, weight, bias, residual, eps, weight_offset)
     out, summed = _layer_norm(x, weight, bias, residual, eps, weight_offset, True)
     return out if residual is None else (out, summed)
 
@@ -123,7 +123,7 @@ def rms_norm(
     Args:
         x: [..., E], floating-point.
         weight: [E], in x's dtype or float32.
-        eps: added to the mean square.
+        eps: positive; added to the mean square.
         weight_offset: added to the weight in float32; 1 for Gemma, which stores gamma - 1.
         residual: as x; added to x first and rounded to x's dtype, as in layer_norm.
 
@@ -131,15 +131,23 @@ def rms_norm(
         [..., E] in x's dtype. With `residual`, that and the sum.
 
     Raises:
-        TypeError: an operand is no floating-point tensor or has the wrong dtype.
-        ValueError: shapes or devices do not fit.
+        TypeError: an operand is no floating-point tensor or has the wrong dtype, an option is no number.
+        ValueError: shapes or devices do not fit, eps is not positive.
     """
-    _check("rms_norm", x, weight, None, residual)
+    _check("rms_norm", x, weight, None, residual, eps, weight_offset)
     out, summed = _rms_norm(x, weight, None, residual, eps, weight_offset, False)
     return out if residual is None else (out, summed)
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def _check(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    weight_offset: float,
+) -> None:
     floating(op, "x", x)
     floating(op, "weight", weight)
     if x.dim() == 0:
@@ -152,3 +160,5 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         same(op, "weight", weight, "bias", bias)
     if residual is not None:
         same(op, "x", x, "residual", residual)
+    positive(op, "eps", eps)
+    number(op, "weight_offset", weight_offset)

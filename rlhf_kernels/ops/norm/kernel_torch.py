@@ -18,18 +18,18 @@ def forward(
     weight_offset: float,
     center: bool,
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's own normalisation; in float32 as a whole where it would round what it must not."""
+    """PyTorch's own normalisation; in float32 as a whole where the weight does not have x's dtype."""
     rows = (x if residual is None else x + residual).contiguous()
     summed = x.new_empty(0) if residual is None else rows
     # 1 + gamma does not fit into 16 bits, and CUDA's layer_norm takes parameters of x's dtype only.
-    as_given = weight.dtype == x.dtype and not weight_offset
-    dtype = x.dtype if as_given else torch.promote_types(x.dtype, torch.float32)
-    scale = weight.to(dtype) + weight_offset if weight_offset else weight.to(dtype)
+    if weight_offset or weight.dtype != x.dtype:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows, weight = rows.to(dtype), weight.to(dtype) + weight_offset
+        bias = None if bias is None else bias.to(dtype)
     if center:
-        shift = None if bias is None else bias.to(dtype)
-        out = F.layer_norm(rows.to(dtype), scale.shape, scale, shift, eps)
+        out = F.layer_norm(rows, weight.shape, weight, bias, eps)
     else:
-        out = F.rms_norm(rows.to(dtype), scale.shape, scale, eps)
+        out = F.rms_norm(rows, weight.shape, weight, eps)
     return out.to(x.dtype), summed
 
 
