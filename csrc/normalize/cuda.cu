@@ -273,8 +273,9 @@ __global__ void __launch_bounds__(kThreads)
     const unsigned real = read_mask<T, kAligned>(shifted(mask, i), share.size - i);
 #pragma unroll
     for (int v = 0; v < kVector<T>; ++v) {
-      const A own = grads[v] * map.scale;
-      values[v] = real >> v & 1u ? own + map.through(values[v]) : options.zero_masked ? A(0) : own;
+      values[v] = real >> v & 1u        ? map.real(grads[v], values[v])
+                  : options.zero_masked ? A(0)
+                                        : map.masked(grads[v]);
     }
     write<T, kAligned>(values, share.size - i, out + i);
   }

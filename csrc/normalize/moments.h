@@ -42,11 +42,12 @@ struct Moments {
     count += other.count;
   }
 
-  // With fewer than two elements the variance is 0 either way.
-  RK_BOTH double variance(const NormalizeOptions& options) const {
-    const int64_t freedom = count - (options.unbiased ? 1 : 0);
-    return squares / double(freedom > 1 ? freedom : 1);
+  // With fewer than two elements the variance is 0, with or without Bessel's correction.
+  RK_BOTH double freedom(const NormalizeOptions& options) const {
+    const int64_t n = count - (options.unbiased ? 1 : 0);
+    return double(n > 1 ? n : 1);
   }
+  RK_BOTH double variance(const NormalizeOptions& options) const { return squares / freedom(options); }
 
   RK_BOTH double rstd(const NormalizeOptions& options) const {
     const double var = variance(options);
@@ -92,23 +93,25 @@ struct ForwardMap {
   RK_BOTH A operator()(A x) const { return center(x) * scale + offset; }
 };
 
-// The gradient of x is grad * scale and, at real slots, what goes through the mean (constant) and through the
-// variance (slope * (x - mean)).
+// The gradient of x is grad * scale at masked slots. At real ones the mean takes the average gradient away,
+// before the scale so that it cancels, and the variance adds slope * (x - mean); without centering the mean
+// also goes to the output by itself.
 template <class A>
 struct BackwardMap {
   Center<A> center;
-  A scale, constant, slope;
+  A scale, average, direct, slope;
 
   RK_BOTH BackwardMap(const Moments& m, const GradientSums& sums, const NormalizeOptions& options)
-      : center(m.mean), scale(A(m.rstd(options))), constant(0), slope(0) {
-    if (m.count == 0) return;
+      : center(m.mean), scale(A(m.rstd(options))), slope(0) {
+    const double mean_grad = sums.grad / double(m.count > 1 ? m.count : 1);
+    average = A(mean_grad);
+    direct = options.center ? A(0) : average;
     const double rstd = m.rstd(options);
-    constant = A(((options.center ? 0.0 : 1.0) - rstd) * sums.grad / double(m.count));
-    const int64_t freedom = m.count - (options.unbiased ? 1 : 0);
     const bool clamped = !options.add_eps && m.variance(options) < options.eps;
-    if (!clamped) slope = A(-rstd * rstd * rstd * sums.along / double(freedom > 1 ? freedom : 1));
+    if (!clamped) slope = A(-rstd * rstd * rstd * sums.along / m.freedom(options));
   }
-  RK_BOTH A through(A x) const { return constant + slope * center(x); }
+  RK_BOTH A masked(A grad) const { return grad * scale; }
+  RK_BOTH A real(A grad, A x) const { return (grad - average) * scale + (direct + slope * center(x)); }
 };
 
 }  // namespace rk

@@ -107,9 +107,9 @@ void normalize_gradient_block(const T* grad, const T* x, const uint8_t* mask, T*
   using A = acc_t<T>;
   const BackwardMap<A> map = given;
   const auto each = [&](int64_t i, bool real) {
-    const A own = load(grad[i]) * map.scale;
-    const A value = own + map.through(load(x[i]));
-    out[i] = store<T>(real ? value : zero_masked ? A(0) : own);
+    const A g = load(grad[i]);
+    const A value = map.real(g, load(x[i]));
+    out[i] = store<T>(real ? value : zero_masked ? A(0) : map.masked(g));
   };
   if (mask) {
 #pragma omp simd

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from rlhf_kernels.ops.normalize.arguments import as_flags, moved_back, moved_last, reduced
-from rlhf_kernels.runtime.checks import boolean, floating
+from rlhf_kernels.runtime.checks import boolean, floating, positive
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Arguments that make `masked_normalize` the function of that stack.
 NORMALIZE_PRESETS: dict[str, dict[str, Any]] = {
@@ -62,6 +65,7 @@ def masked_normalize(
     unbiased: bool = False,
     center: bool = True,
     zero_masked: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """`(x - mean) / std` with the mean and variance of the real elements, as PPO whitens its advantages.
 
@@ -79,6 +83,8 @@ def masked_normalize(
         center: False adds the mean again after the division, as `shift_mean=False` does in TRL and verl.
         zero_masked: put 0 into masked slots; otherwise they go through the same map as the real ones. With no
             real element the mean and the variance are 0.
+        group: a torch.distributed process group whose ranks' elements count as one tensor, concatenated along
+            `dim`; every rank must call, with as many rows. Differentiable; runs on plain PyTorch.
 
     Returns:
         x's shape and dtype; arithmetic is in float32 or better (float64 for float64).
@@ -90,14 +96,24 @@ def masked_normalize(
     floating("masked_normalize", "x", x)
     if mask is not None:
         boolean("masked_normalize", "mask", mask, x.shape, x, "the shape of x")
-    if not eps > 0:
-        raise ValueError(f"masked_normalize(): eps must be positive, got {eps!r}")
+    positive("masked_normalize", "eps", eps)
     flags = as_flags(eps_mode, unbiased, center, zero_masked)
-    rank = x.dim()
-    if dim is None:
-        return _normalize(x, mask, rank, eps, flags)
-    dims = reduced(dim, rank)
-    if dims[0] == rank - len(dims):
-        return _normalize(x, mask, len(dims), eps, flags)
-    moved = None if mask is None else moved_last(mask, dims)
-    return moved_back(_normalize(moved_last(x, dims), moved, len(dims), eps, flags), dims)
+    if dim is None and group is None:
+        return _normalize(x, mask, x.dim(), eps, flags)
+    return _along(x, mask, reduced(dim, x.dim()), eps, flags, group)
+
+
+def _along(
+    x: Tensor, mask: Tensor | None, dims: tuple[int, ...], eps: float, flags: int, group: ProcessGroup | None
+) -> Tensor:
+    """Moves `dims` to the end where they are not there."""
+    last = not dims or dims[0] == x.dim() - len(dims)
+    if not last:
+        x, mask = moved_last(x, dims), None if mask is None else moved_last(mask, dims)
+    if group is None:
+        out = _normalize(x, mask, len(dims), eps, flags)
+    else:
+        from rlhf_kernels.ops.normalize.group import forward  # torch.distributed costs an import
+
+        out = forward(x, mask, len(dims), eps, flags, group)
+    return out if last else moved_back(out, dims)

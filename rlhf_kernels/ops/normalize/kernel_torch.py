@@ -21,6 +21,11 @@ from rlhf_kernels.ops.normalize.arguments import (
 DIFFERENTIABLE = True
 
 
+def upcast(x: Tensor) -> Tensor:
+    """x in the type that it is computed in."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def moments(x: Tensor, mask: Tensor | None, trailing: int) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and sum of squared deviations of the real elements; reduced dimensions keep size 1."""
     dims = tuple(range(x.dim() - trailing, x.dim()))
@@ -58,7 +63,7 @@ def affine(
 
 def forward(x: Tensor, mask: Tensor | None, trailing: int, eps: float, flags: int) -> Tensor:
     """Normalises the last `trailing` dimensions; 16-bit inputs are computed in float32."""
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    wide = upcast(x)
     stats = moments(wide, mask, trailing)
     return affine(wide, mask, stats, eps, flags).to(x.dtype)
 

@@ -197,16 +197,18 @@ def backward_kernel(
         count, mean, squares = _moments(x_ptr, mask_ptr, size, MASKED, BLOCK)
         total, along = _gradient_sums(grad_ptr, x_ptr, mask_ptr, size, mean, flags, MASKED, BLOCK)
     freedom, rstd, clamped = _variance(count, squares, eps, flags)
-    constant = (tl.where((flags & 4) != 0, 0.0, 1.0) - rstd) * total / tl.maximum(count, 1.0)
+    average = total / tl.maximum(count, 1.0)  # taken away before the scale, so that it cancels
+    direct = tl.where((flags & 4) != 0, 0.0, average)
     slope = tl.where(clamped, 0.0, -rstd * rstd * rstd * along / freedom)
     for start in range(0, size, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < size
         x = to_float32(tl.load(x_ptr + cols, mask=inside, other=0.0))
-        own = to_float32(tl.load(grad_ptr + cols, mask=inside, other=0.0)) * rstd.to(x.dtype)
-        through = constant.to(x.dtype) + slope.to(x.dtype) * _center(x, mean)
-        real = _real(mask_ptr, cols, inside, MASKED)
-        out = tl.where(real, own + through, tl.where((flags & 8) != 0, 0.0, own))
+        grad = to_float32(tl.load(grad_ptr + cols, mask=inside, other=0.0))
+        through = direct.to(x.dtype) + slope.to(x.dtype) * _center(x, mean)
+        real_grad = (grad - average.to(x.dtype)) * rstd.to(x.dtype) + through
+        masked_grad = tl.where((flags & 8) != 0, 0.0, grad * rstd.to(x.dtype))
+        out = tl.where(_real(mask_ptr, cols, inside, MASKED), real_grad, masked_grad)
         tl.store(out_ptr + cols, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
