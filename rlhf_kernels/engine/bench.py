@@ -61,7 +61,7 @@ class Bench:
     def rows(self, spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[Row]:
         """One row an implementation and direction; those that are not ok come with the reason."""
         judge = Judge(spec, case, dtype, self.device)
-        candidates = [self._checked(judge, one) for one in self._implementations(judge)]
+        candidates = [self.candidate(judge, one) for one in self._implementations(judge)]
         for direction in self.directions:
             self._time(direction, candidates, judge)
             for candidate in candidates:
@@ -110,7 +110,7 @@ class Bench:
         elsewhere = set(self.wanted) & set(spec.op.declared()) - {one.name for one in found}
         return found + [known.of_backend(spec, case, dtype, self.device, name) for name in sorted(elsewhere)]
 
-    def _checked(self, judge: Judge, one: Implementation) -> Candidate:
+    def candidate(self, judge: Judge, one: Implementation) -> Candidate:
         """Checks an implementation; only what passed has something to call."""
         directions = [d for d in self.directions if d == FORWARD or judge.differentiable]
         candidate = Candidate(one)

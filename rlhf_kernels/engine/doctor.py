@@ -153,7 +153,7 @@ def _device_of(entry: dict) -> str:
 
 def _peers() -> Iterator[Finding]:
     for stack in STACKS:
-        found = dict.fromkeys((peer.package, peer.version()) for peer in peers(stack=stack))
+        found = dict.fromkeys((peer.package, peer.version()) for peer in peers(stack=stack) if peer.package)
         for package, version in found:
             yield _finding("peers for bench", package, version, "not installed: make peers")
 

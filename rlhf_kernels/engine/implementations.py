@@ -96,8 +96,9 @@ def of_backend(
 def of_peer(peer: Peer, spec: OpSpec, arguments: dict[str, Any], device: torch.device) -> Implementation:
     """A foreign stack's function under our signature, or why it cannot stand beside ours."""
     version = peer.version()
-    absent = None if version else f"{peer.package} is not installed (make peers)"
-    absent = absent or peer.supports(arguments, device=device.type)
+    absent = peer.supports(arguments, device=device.type)
+    if peer.package and version is None:
+        absent = f"{peer.package} is not installed (make peers)"
     function: Callable[..., Any] = spec.function
     if absent is None:
         try:

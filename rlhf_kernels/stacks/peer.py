@@ -69,7 +69,7 @@ class Peer:
     stack: str  # the file in this folder
     op: str  # the name of our public function
     label: str  # unique within the op; what a table shows
-    package: str  # the distribution whose version is meant
+    package: str  # the distribution whose version is meant; empty for what is no package
     origin: str  # the function that is called, as the stack names it
     adapter: Callable[[], Callable[..., Any]]  # imports the stack and returns a function with our signature
     semantics: Mapping[str, Any] = field(default_factory=dict)
@@ -92,13 +92,13 @@ class Peer:
             raise Unavailable(f"{self.origin}: {type(error).__name__}: {error}{self._hint()}") from error
 
     def _hint(self) -> str:
-        if self.version() is None:
+        if self.package and self.version() is None:
             return " (make peers)"
         return "" if search_paths_active() else " (call rlhf_kernels.stacks.activate() first)"
 
     def version(self) -> str | None:
         """The installed version of the stack, without importing it."""
-        return installed_version(self.package, self.folder())
+        return installed_version(self.package, self.folder()) if self.package else None
 
     def supports(
         self, arguments: Mapping[str, Any], *, direction: str = "forward", device: str | None = None

@@ -1,18 +1,28 @@
 """What a target offers, and what machine code says: registers, spills, matrix instructions, width of loads.
 
 Registers and SASS are read with cuobjdump and nvdisasm, which Triton's package brings along; AMD's assembly
-carries its own numbers. Figures are what a budget holds; notes are shown beside them.
+carries its own numbers.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
+import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Reading(NamedTuple):
+    """What machine code says: figures for the budget, and notes to show beside them."""
+
+    figures: dict[str, int]
+    notes: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ MACHINES = {
 }
 _BLOCKS = 32  # most resident blocks of a multiprocessor
 
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 _SASS_LOAD = re.compile(r"LDG|LD\.E|LDGSTS")
 _SASS_WIDTH = re.compile(r"\.(128|64|[US]16|[US]8)(?:\.|$)")
 _AMD = re.compile(r"^\s+([a-z]\w+)\s", re.MULTILINE)
@@ -69,26 +79,50 @@ def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
     return blocks * warps / m.warps
 
 
-def read_sass(sass: str, target: str) -> tuple[dict[str, int], dict[str, Any]]:
-    """Figures and notes of a disassembled kernel: local memory counts as spilled."""
-    opcodes = _SASS.findall(sass)
+def read_cubins(cubins: Sequence[bytes], target: str, tools: Path, scratch: Path) -> list[Reading]:
+    """Figures and notes of kernels for one NVIDIA target. Local memory counts as spilled.
+
+    One disassembly for all: nvdisasm takes a quarter of a second to start.
+
+    Raises:
+        RuntimeError: the tools fail.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    raw, ends = scratch / "code.bin", list(itertools.accumulate(map(len, codes)))
+    raw.write_bytes(b"".join(codes))
+    opcodes: list[list[str]] = [[] for _ in cubins]
+    for address, opcode in _SASS.findall(
+        _run(tools / "nvdisasm", "--binary", target.upper().replace("_", ""), raw)
+    ):
+        opcodes[bisect.bisect_right(ends, int(address, 16))].append(opcode)
+    return [_read_sass(own, cubin, target, tools, scratch) for own, cubin in zip(opcodes, cubins)]
+
+
+def _read_sass(opcodes: list[str], cubin: bytes, target: str, tools: Path, scratch: Path) -> Reading:
+    file = scratch / "kernel.cubin"
+    file.write_bytes(cubin)
+    text = _run(tools / "cuobjdump", "-res-usage", file)
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if usage is None or not opcodes:
+        raise RuntimeError(f"cuobjdump and nvdisasm did not understand a kernel for {target}: {text[:200]!r}")
     families = Counter(opcode.split(".")[0] for opcode in opcodes)
     loads = Counter(_sass_width(opcode) for opcode in opcodes if _SASS_LOAD.match(opcode))
-    figures = _figures(families, loads, target) | {"spills": families["STL"] + families["LDL"]}
-    return figures, _notes(families, loads) | {"bulk_loads": families["UTMALDG"]}
+    own = {"registers": int(usage[1]), "spills": families["STL"] + families["LDL"]}
+    notes = {"bulk_loads": families["UTMALDG"], "stack": int(usage[2])}
+    return Reading(_figures(families, loads, target) | own, _notes(families, loads) | notes)
 
 
-def read_cubin(cubin: Path, tools: Path, target: str) -> tuple[dict[str, int], dict[str, Any]]:
-    """Figures and notes of a cubin; RuntimeError where the tools fail."""
-    text = _run(tools / "cuobjdump", "-res-usage", "-sass", cubin)
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump gave no resource usage for {target}: {text[:200]!r}")
-    figures, notes = read_sass(text, target)
-    return figures | {"registers": int(usage[1])}, notes | {"stack": int(usage[2])}
+def _code(cubin: bytes) -> bytes:
+    """The instructions in an ELF file: its sections .text.<kernel>."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    count, names = struct.unpack_from("<HH", cubin, 60)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + 64 * i) for i in range(count)]
+    starts = [sections[names][4] + name for name, *_ in sections]
+    found = [s for s, at in zip(sections, starts) if cubin.startswith(b".text.", at)]
+    return b"".join(cubin[offset : offset + size] for *_, offset, size in found)
 
 
-def read_amdgcn(assembly: str, target: str) -> tuple[dict[str, int], dict[str, Any]]:
+def read_amdgcn(assembly: str, target: str) -> Reading:
     """Figures and notes of AMD assembly. Spilled SGPRs go to lanes of VGPRs, not to memory: noted only."""
     opcodes = _AMD.findall(assembly)
     families = Counter(opcode.split("_")[0].upper() for opcode in opcodes)
@@ -100,9 +134,9 @@ def read_amdgcn(assembly: str, target: str) -> tuple[dict[str, int], dict[str, A
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 
     scratch = number("private_segment_fixed_size")
-    spills = {"registers": number("vgpr_count"), "spills": max(number("vgpr_spill_count"), scratch // 4)}
+    own = {"registers": number("vgpr_count"), "spills": max(number("vgpr_spill_count"), scratch // 4)}
     notes = {"sgpr_spills": number("sgpr_spill_count"), "stack": scratch}
-    return _figures(families, loads, target) | spills, _notes(families, loads) | notes
+    return Reading(_figures(families, loads, target) | own, _notes(families, loads) | notes)
 
 
 def faults(target: str, figures: dict[str, int], tensor_core: bool, serialized: bool) -> Iterable[str]:

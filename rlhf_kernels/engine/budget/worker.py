@@ -13,7 +13,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,43 @@ from rlhf_kernels.engine.budget.measured import Measured, digest, recall, rememb
 from rlhf_kernels.engine.spec import KernelBuild, OpSpec, load_specs
 
 
+@dataclass
+class Compiled:
+    """A kernel on its way through the compiler and the disassembler.
+
+    Attributes:
+        one: which it is.
+        build: its declaration.
+        key: what its answer is kept under.
+        answer: figures and notes, once they are known.
+        code: cubin or AMD assembly, until then.
+        facts: what the compiler says besides.
+    """
+
+    one: Measured
+    build: KernelBuild
+    key: str
+    answer: dict[str, Any] | None
+    code: bytes | str = b""
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def measured(self) -> Measured:
+        """The row of a kernel whose answer is known."""
+        figures, notes = self.answer["figures"], self.answer["notes"]
+        found = machine.faults(self.one.target, figures, self.build.tensor_core, notes["serialized"])
+        return dataclasses.replace(self.one, figures=figures, notes=notes, faults=tuple(found))
+
+
 def main() -> None:
     """Reads the request from standard input: package, ops, targets, share (which, of how many), skip."""
     request = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
+
+    def tell(what: str, one: Measured) -> None:
+        print(json.dumps({what: dataclasses.asdict(one)}), file=answers)
+
     which, of = request["share"]
+    pending = []
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {
             "TRITON_CACHE_DIR": scratch,
@@ -37,9 +70,22 @@ def main() -> None:
             one = Measured(spec.family, spec.name, "triton", build.name, build.target)
             if index % of != which or one.key in request["skip"]:
                 continue
-            print(json.dumps({"start": dataclasses.asdict(one)}), file=answers)
-            one = measure(one, build, Path(scratch))
-            print(json.dumps({"done": dataclasses.asdict(one)}), file=answers)
+            tell("start", one)
+            try:
+                found = compile_one(one, build)
+            except Exception as error:  # whatever a compiler raises belongs in this kernel's row
+                first = next(iter(str(error).strip().splitlines()), "")
+                tell(
+                    "done",
+                    dataclasses.replace(one, status="error", reason=f"{type(error).__name__}: {first}"),
+                )
+                continue
+            if found.answer:
+                tell("done", found.measured())
+            else:
+                pending.append(found)
+        for one in read(pending, Path(scratch)):
+            tell("done", one)
 
 
 def _builds(request: dict[str, Any]) -> Iterator[tuple[OpSpec, KernelBuild]]:
@@ -50,25 +96,27 @@ def _builds(request: dict[str, Any]) -> Iterator[tuple[OpSpec, KernelBuild]]:
                     yield spec, build
 
 
-def measure(one: Measured, build: KernelBuild, scratch: Path) -> Measured:
-    """`one` with its figures, from the cache or the compiler; a failure becomes its reason."""
+def compile_one(one: Measured, build: KernelBuild) -> Compiled:
+    """Asks the cache, then the compiler."""
     import triton
+    from triton.backends.compiler import GPUTarget
 
-    try:
-        source = source_of(build)
-        options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-        readers = (Path(__file__), Path(machine.__file__))
-        key = digest(source.hash(), build.target, options, triton.__version__, *readers)
-        answer = recall(key)
-        if answer is None:
-            answer = _compile(source, build.target, options, scratch)
-            remember(key, answer)
-    except Exception as error:  # whatever a compiler raises belongs in this kernel's row
-        first = next(iter(str(error).strip().splitlines()), "")
-        return dataclasses.replace(one, status="error", reason=f"{type(error).__name__}: {first}")
-    figures, notes = answer["figures"], answer["notes"]
-    found = machine.faults(build.target, figures, build.tensor_core, notes["serialized"])
-    return dataclasses.replace(one, figures=figures, notes=notes, faults=tuple(found))
+    source = source_of(build)
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    readers = (Path(__file__), Path(machine.__file__))
+    key = digest(source.hash(), build.target, options, triton.__version__, *readers)
+    found = Compiled(one, build, key, recall(key))
+    if found.answer is None:
+        amd = build.target.startswith("gfx")
+        number = build.target.removeprefix("sm_")
+        target = GPUTarget("hip", build.target, 64) if amd else GPUTarget("cuda", int(number), 32)
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log):
+            made = triton.compile(source, target=target, options=options)
+        found.code = made.asm["amdgcn" if amd else "cubin"]
+        found.facts = {"shared": made.metadata.shared, "warps": made.metadata.num_warps}
+        found.facts["serialized"] = "serialized" in log.getvalue()
+    return found
 
 
 def source_of(build: KernelBuild) -> Any:
@@ -91,26 +139,24 @@ def source_of(build: KernelBuild) -> Any:
     return ASTSource(build.kernel, signature, constants, attributes)
 
 
-def _compile(source: Any, target: str, options: dict[str, Any], scratch: Path) -> dict[str, Any]:
+def read(compiled: Sequence[Compiled], scratch: Path) -> Iterator[Measured]:
+    """Disassembles what was compiled, target by target, and keeps the answers."""
     import triton
-    from triton.backends.compiler import GPUTarget
 
-    amd = target.startswith("gfx")
-    goal = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        compiled = triton.compile(source, target=goal, options=options)
-    if amd:
-        figures, notes = machine.read_amdgcn(compiled.asm["amdgcn"], target)
-    else:
-        cubin = scratch / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-        figures, notes = machine.read_cubin(cubin, tools, target)
-    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    share = machine.occupancy(target, figures["registers"], shared, warps)
-    notes |= {"occupancy": round(share, 4), "warps": warps, "serialized": "serialized" in log.getvalue()}
-    return {"figures": figures | {"shared": shared}, "notes": notes}
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    for target in sorted({c.one.target for c in compiled}):
+        several = [c for c in compiled if c.one.target == target]
+        if target.startswith("gfx"):
+            readings = [machine.read_amdgcn(c.code, target) for c in several]
+        else:
+            readings = machine.read_cubins([c.code for c in several], target, tools, scratch)
+        for one, (figures, notes) in zip(several, readings):
+            shared, warps = one.facts["shared"], one.facts["warps"]
+            share = machine.occupancy(target, figures["registers"], shared, warps)
+            notes |= {"occupancy": round(share, 4), "warps": warps, "serialized": one.facts["serialized"]}
+            one.answer = {"figures": figures | {"shared": shared}, "notes": notes}
+            remember(one.key, one.answer)
+            yield one.measured()
 
 
 if __name__ == "__main__":
