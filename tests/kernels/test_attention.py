@@ -1,0 +1,218 @@
+"""Attention beyond what every op is asked: edges, layouts, errors, independence of the batch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlhf_kernels import attention, backend
+from rlhf_kernels.engine.spec import TARGETS
+from rlhf_kernels.ops.attention import triton_config as config
+from rlhf_kernels.ops.attention.spec import key_mask
+from rlhf_kernels.runtime.dispatch import BackendError
+
+BACKENDS = ("torch", "triton")
+
+
+def _inputs(batch=2, heads=2, groups=1, queries=40, keys=40, size=32, dtype=torch.float32, grad=True):
+    shapes = ((heads, queries), (groups, keys), (groups, keys))
+    return [torch.randn(batch, *shape, size).to(dtype).requires_grad_(grad) for shape in shapes]
+
+
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+def test_head_reads_its_group(name):
+    """Head h reads group h // (H // G): as if the groups were repeated."""
+    q, k, v = _inputs(heads=6, groups=3, grad=False)
+    with backend(name):
+        got = attention(q, k, v, causal=True)
+    want = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True
+    )
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+def test_last_query_sees_every_key(name):
+    q, k, v = _inputs(queries=3, keys=37, grad=False)
+    with backend(name):
+        causal, full = attention(q, k, v, causal=True), attention(q, k, v)
+    torch.testing.assert_close(causal[:, :, -1], full[:, :, -1])
+    assert not torch.allclose(causal[:, :, 0], full[:, :, 0])
+
+
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+def test_row_without_keys_is_zero(name):
+    q, k, v = _inputs(queries=40, keys=25)
+    mask = torch.ones(2, 25, dtype=torch.bool)
+    mask[0] = False
+    with backend(name):
+        out, lse = attention(q, k, v, causal=True, key_mask=mask, return_lse=True)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    for values in (out[0], out[1, :, :15], *(g[0] for g in gradients), gradients[0][1, :, :15]):
+        assert (values == 0).all()
+    assert lse[0].isneginf().all()
+    assert lse[1, :, :15].isneginf().all()
+    assert lse[1, :, 15:].isfinite().all()
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_masked_slots_may_hold_anything(name):
+    q, k, v = _inputs(queries=35, keys=70)
+    mask = key_mask("random", 2, 70)
+    hidden = ~mask[:, None, :, None]
+    clean = [
+        q,
+        k.detach().masked_fill(hidden, 0).requires_grad_(),
+        v.detach().masked_fill(hidden, 0).requires_grad_(),
+    ]
+    dirty = [q, k.detach().masked_fill(hidden, torch.nan).requires_grad_(),
+             v.detach().masked_fill(hidden, torch.inf).requires_grad_()]  # fmt: skip
+    with backend(name):
+        outs = [attention(*x, causal=True, key_mask=mask) for x in (clean, dirty)]
+        gradients = [torch.autograd.grad(o.square().sum(), x) for o, x in zip(outs, (clean, dirty))]
+    assert torch.equal(*outs)
+    for a, b in zip(*gradients):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_single_key_takes_all(name, causal):
+    """The output is the value and the scores get no gradient."""
+    q, k, v = _inputs(queries=33, keys=1)
+    with backend(name):
+        out = attention(q, k, v, causal=causal)
+        dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    seen = 1 if causal else 33
+    torch.testing.assert_close(out[:, :, -seen:], v.expand(2, 2, seen, 32))
+    torch.testing.assert_close(dv, torch.full_like(dv, 2.0 * seen))
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradient_of_the_log_sum_exp_alone(name):
+    q, k, v = _inputs()
+    with backend(name):
+        lse = attention(q, k, v, causal=True, return_lse=True)[1]
+        got = torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True, materialize_grads=True)
+    with backend("reference"):
+        lse = attention(*(x.double() for x in (q, k, v)), causal=True, return_lse=True)[1]
+    want = torch.autograd.grad(lse.sum(), (q, k, v), allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_gradcheck(name):
+    q, k, v = _inputs(1, 4, 2, 5, 7, 3, torch.float64)
+    mask = torch.tensor([[True, False, True, True, True, False, True]])
+    with backend(name):
+        assert torch.autograd.gradcheck(
+            lambda *x: attention(*x, causal=True, key_mask=mask, return_lse=True), (q, k, v)
+        )
+
+
+def test_bits_do_not_depend_on_the_batch():
+    q, k, v = _inputs(batch=3, queries=70, keys=70)
+    mask = key_mask("tail", 3, 70)
+    with backend("triton"):
+        whole = attention(q, k, v, causal=True, key_mask=mask)
+        gradients = torch.autograd.grad(whole.sum(), (q, k, v))
+        alone = [x.detach()[2:].requires_grad_() for x in (q, k, v)]
+        part = attention(*alone, causal=True, key_mask=mask[2:])
+        part_gradients = torch.autograd.grad(part.sum(), alone)
+    for a, b in zip((whole, *gradients), (part, *part_gradients)):
+        assert torch.equal(a[2:], b)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_heads_join_without_a_copy(name):
+    q, k, v = _inputs(heads=4, grad=False)
+    with backend(name):
+        out = attention(q, k, v)
+    assert out.transpose(1, 2).view(2, 40, 4 * 32).data_ptr() == out.data_ptr()
+
+
+def test_transposed_and_expanded_inputs():
+    """The last dimension need not be contiguous either, nor anything of the gradient."""
+    q, k, v = (
+        x.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in _inputs(keys=1)
+    )
+    k, v = (x.expand(2, 1, 50, 32) for x in (k, v))
+    results = []
+    for name in ("reference", "triton"):
+        with backend(name):
+            out = attention(q, k, v, causal=True)
+            results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_other_head_sizes_fall_back():
+    q, k, v = _inputs(size=40, grad=False)
+    with backend("attention=triton"), pytest.warns(UserWarning, match="head size 40"):
+        attention(q, k, v)
+    with backend("attention=triton", strict=True), pytest.raises(BackendError, match="head size 40"):
+        attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"q": torch.zeros(2, 3, 32)}, ValueError, r"q must be \[B, H, T, D\]"),
+        ({"q": torch.zeros(2, 2, 5, 32).long()}, TypeError, "q must be float32"),
+        ({"k": torch.zeros(2, 1, 7, 16)}, ValueError, "k must have q's batch and head size"),
+        ({"v": torch.zeros(2, 1, 8, 32)}, ValueError, "v must have the shape of k"),
+        ({"k": torch.zeros(2, 1, 7, 32).half()}, ValueError, "q's dtype"),
+        ({"q": torch.zeros(2, 3, 5, 32), "k": torch.zeros(2, 2, 7, 32), "v": torch.zeros(2, 2, 7, 32)},
+         ValueError, "multiple of k's"),
+        ({"key_mask": torch.zeros(2, 7)}, TypeError, "key_mask must be boolean"),
+        ({"key_mask": torch.zeros(2, 5).bool()}, ValueError, "one entry for each key"),
+        ({"scale": 0.0}, ValueError, "scale must be positive"),
+        ({"scale": float("nan")}, ValueError, "scale must be positive"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(change, error, match):
+    args = {"q": torch.zeros(2, 2, 5, 32), "k": torch.zeros(2, 1, 7, 32), "v": torch.zeros(2, 1, 7, 32)}
+    with pytest.raises(error, match=match):
+        attention(**args | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("size", config.HEAD_SIZES)
+def test_padded_rows_end_with_a_tile(target, size, dtype):
+    """One backward kernel pads its rows for the other."""
+    writer, reader = (config.chosen(f"{name}_gradient", target, dtype, size) for name in ("query", "key"))
+    assert writer.block_m % reader.block_m == 0
+
+
+_FLOAT32_KERNELS = """
+import json
+from rlhf_kernels.engine.budget.worker import source_of
+from rlhf_kernels.ops.attention.spec import kernels
+from triton import compile
+from triton.backends.compiler import GPUTarget
+found = {}
+for build in kernels():
+    if build.target == "sm_100" and "/fp32/64" in build.name:
+        options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+        text = compile(source_of(build), target=GPUTarget("cuda", 100, 32), options=options).asm["ttgir"]
+        found[build.name] = text.count("tc_gen5_mma")
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_float32_stays_float32_on_blackwell():
+    """Triton 3.6 rounds `ieee` products of 64 rows to TF32 for sm_100, so those tiles must be smaller."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _FLOAT32_KERNELS]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    found = json.loads(ran.stdout)
+    assert len(found) == 6
+    assert not any(found.values()), found
