@@ -3,6 +3,7 @@
 Importing this needs torch alone. `explain("gae")` says which backend runs an op here and why.
 """
 
+from rlhf_kernels.ops.attention import attention
 from rlhf_kernels.ops.loss_head import linear_logprob, logprob
 from rlhf_kernels.ops.norm import layer_norm, rms_norm
 from rlhf_kernels.ops.normalize import NORMALIZE_PRESETS, masked_normalize
@@ -19,6 +20,7 @@ __all__ = [
     "FallbackWarning",
     "RotaryTable",
     "RotaryTables",
+    "attention",
     "backend",
     "explain",
     "layer_norm",
