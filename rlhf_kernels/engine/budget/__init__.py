@@ -70,7 +70,7 @@ def run(
     ledgers = [Ledger.load(family, directory) for family in sorted({spec.family for spec in chosen})]
     for ledger in ledgers:
         family = ledger.path.stem
-        own = [one for one in measured if one.family == family]
+        own = sorted((one for one in measured if one.family == family), key=lambda one: one.key)
         asked = {spec.name for spec in chosen if spec.family == family} | {family}
         gone = [
             key
