@@ -119,29 +119,24 @@ def _selection(parser: argparse.ArgumentParser) -> None:
         "--backend", "--impl", metavar="NAME,..", help="backends; for bench also peers, by label", **many
     )
     parser.add_argument("--device", help="cpu or cuda; the GPU where there is one")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the results to this file")
 
 
 def _timing(parser: argparse.ArgumentParser) -> None:
     _selection(parser)
     parser.add_argument("--threads", type=_positive(int), help="threads of the CPU")
-    parser.add_argument(
-        "--seconds", type=_positive(float), help="time for the rounds of a case and direction"
-    )
-    parser.add_argument(
-        "--precision", type=_positive(float), default=0.01, help="stop at this half width (0.01)"
-    )
+    parser.add_argument("--seconds", type=_positive(float), help="for the rounds of a case and direction")
+    parser.add_argument("--precision", type=_positive(float), default=0.01, help="stop at this half width")
 
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
     _timing(parser)
-    parser.add_argument("--processes", type=_positive(int), default=1, help="take the median of so many")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the results to this file")
+    parser.add_argument("--processes", type=_positive(int), default=1, help="the median of so many")
 
 
 def _check_options(parser: argparse.ArgumentParser) -> None:
     _selection(parser)
     parser.add_argument("--verbose", action="store_true", help="show every row, not only what failed")
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the results to this file")
 
 
 def _budget_options(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +158,3 @@ COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "tune": (commands.tune_ops, _timing),
     "budget": (commands.budget, _budget_options),
 }
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -79,29 +79,39 @@ class Bench:
         ]
         copy = Contender("the roof", copy_of(costs, self.device))
         samples = measure([*contenders, copy], self.clock, self.limits)
-        least = self.roofs.seconds(costs, judge.dtype, stats.median(samples[copy.name]))
-        base = next((samples[c.name] for c in contenders if c.name == EAGER), None)
+        least = [self.roofs.seconds(costs, judge.dtype, copying) for copying in samples[copy.name]]
+        base = next((samples[c.name] for c in contenders if c.name == EAGER), [])
         for candidate, contender in zip(ready, contenders):
             row = candidate.rows[direction]
             row.host_us = _scaled(self.clock.host(contender))
             with contender.context():
                 row.peak_bytes = peak_bytes(contender.call, self.device)
-            candidate.rows[direction] = self._row(row, samples[contender.name], base, costs, least)
+            candidate.rows[direction] = self._row(row, samples[contender.name], base, least, costs)
 
     def _row(
-        self, row: Row, samples: list[float], base: list[float] | None, costs: list[Cost], least: float
+        self, row: Row, samples: list[float], base: list[float], least: list[float], costs: list[Cost]
     ) -> Row:
-        """A row with its time and what follows from it; an error where the time cannot be true."""
+        """A row with its time and what follows from it; an error where the time cannot be true.
+
+        Args:
+            row: checked, without a time.
+            samples, base, least: seconds of this implementation, of the baseline and of the roof, by rounds.
+            costs: what has to be done.
+        """
         seconds = stats.median(samples)
         whole = Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs))
         if self.roofs.suspicious(seconds, whole):
             seen, fastest = whole.bytes / seconds / 1e9, max(self.roofs.copy.values()) / 1e9
             return row.failed("error", f"suspicious: {seen:.3g} GB/s, and copies reach {fastest:.3g}")
         low, high = stats.median_ci(samples)
+        faster = stats.paired(base, samples)
         return replace(
             row, median_us=seconds * 1e6, ci_us=(low * 1e6, high * 1e6), gbps=whole.bytes / seconds / 1e9,
-            tflops=whole.flops / seconds / 1e12, roof_us=least * 1e6, roof_fraction=least / seconds,
-            speedup=stats.median(base) / seconds if base else None, samples_us=[[s * 1e6 for s in samples]],
+            tflops=whole.flops / seconds / 1e12, roof_us=stats.median(least) * 1e6,
+            roof_fraction=stats.median(stats.paired(least, samples)),
+            speedup=stats.median(faster) if faster else None,
+            speedup_ci=stats.median_ci(faster) if faster else None,
+            samples_us=[[s * 1e6 for s in samples]],
         )  # fmt: skip
 
     def _implementations(self, judge: Judge) -> list[Implementation]:
@@ -197,16 +207,16 @@ def merged(rows: Sequence[Row]) -> Row:
     for row in rows:
         if row.status != "ok":
             return row
-    medians = [row.median_us for row in rows]
-    middle = stats.median(medians)
+    if len(rows) == 1:
+        return rows[0]
 
-    def of(name: str) -> float | None:
-        values = [getattr(row, name) for row in rows]
-        return None if None in values else stats.median(values)
+    def of(name: str) -> list[float]:
+        return [value for row in rows if (value := getattr(row, name)) is not None]
 
+    medians = ("median_us", "gbps", "tflops", "host_us", "roof_us", "roof_fraction", "speedup")
+    figures: dict[str, Any] = {name: stats.median(of(name)) if of(name) else None for name in medians}
     return replace(
-        rows[0], median_us=middle, ci_us=rows[0].ci_us if len(rows) == 1 else stats.median_ci(medians),
-        gbps=rows[0].gbps * medians[0] / middle, tflops=rows[0].tflops * medians[0] / middle,
-        host_us=of("host_us"), roof_us=of("roof_us"), roof_fraction=of("roof_fraction"),
-        speedup=of("speedup"), samples_us=[samples for row in rows for samples in row.samples_us],
+        rows[0], **figures, ci_us=stats.median_ci(of("median_us")),
+        speedup_ci=stats.median_ci(of("speedup")) if of("speedup") else None,
+        samples_us=[samples for row in rows for samples in row.samples_us],
     )  # fmt: skip

@@ -47,12 +47,13 @@ class Result:
     outputs: tuple[Tensor, ...]
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def named(self, direction: Direction) -> list[tuple[str, Tensor]]:
-        """The tensors that a direction is judged by."""
+    def named(self, direction: Direction, names: Sequence[str] = ()) -> list[tuple[str, Tensor]]:
+        """The tensors that a direction is judged by; `names` are those of the outputs."""
         if direction == "backward":
             return [(f"the gradient of {name}", t) for name, t in self.gradients.items()]
-        several = len(self.outputs) > 1
-        return [(f"output {i}" if several else "the output", t) for i, t in enumerate(self.outputs)]
+        if len(self.outputs) == 1:
+            return [("the output", self.outputs[0])]
+        return [(names[i] if i < len(names) else f"output {i}", t) for i, t in enumerate(self.outputs)]
 
 
 def run(function: Callable[..., Any], inputs: Inputs, upstream: Sequence[Tensor] = ()) -> Result:
@@ -188,7 +189,8 @@ class Judge:
         self, row: Row, result: Result, complaint: str, slack: float, outputs: Sequence[int] | None
     ) -> Row:
         direction = row.direction
-        got, want, yard = (r.named(direction) for r in (result, self.reference, self.yardstick))
+        results = (result, self.reference, self.yardstick)
+        got, want, yard = (r.named(direction, self.spec.outputs) for r in results)
         if outputs is not None:
             want, yard = ([named[i] for i in outputs] for named in (want, yard))
         if len(got) != len(want):

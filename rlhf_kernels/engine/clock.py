@@ -92,38 +92,59 @@ class CpuClock:
 class CudaClock:
     """Device time between events, one pair a call, with the second-level cache flushed before each call.
 
-    A kernel that spins while the batch is enqueued keeps the device from overtaking the host, so that the
-    gaps between launches do not count; the time to enqueue is `host`.
+    A kernel that spins for longer than enqueueing the last batch took keeps the device from overtaking the
+    host, so that the gaps between launches do not count; the time to enqueue one call is `host`.
     """
 
     _CALLS = 16
+    _SPIN = (0.0005, 0.02)  # seconds, least and most
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        properties = torch.cuda.get_device_properties(device)
-        self._cache = torch.empty(2 * properties.L2_cache_size // 4, dtype=torch.int32, device=device)
-        # clock_rate is in kHz; a millisecond and a half is longer than enqueueing a batch takes.
-        self._spin_cycles = int(properties.clock_rate * 1.5)
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._cache = torch.empty(2 * cache // 4, dtype=torch.int32, device=device)
+        self._enqueueing: dict[str, float] = {}
+        self._cycles = 1.0  # of the spinning kernel in a second
+        spinning = self._events(1)
+        with torch.cuda.device(device):
+            for _ in range(2):  # the first time includes loading the kernel
+                spinning[0][0].record()
+                torch.cuda._sleep(10_000_000)
+                spinning[0][1].record()
+                torch.cuda.synchronize(device)
+        self._cycles = 10_000_000 / self._seconds(spinning)[0]
 
     def sample(self, contender: Contender) -> float:
         """Seconds of one call on the device, the median of a batch."""
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(contender.batch)]
+        events = self._events(contender.batch)
+        least, most = self._SPIN
+        spin = min(most, max(least, 1.5 * self._enqueueing.get(contender.name, most / 1.5)))
         with contender.context(), torch.cuda.device(self.device):
+            torch.cuda.synchronize(self.device)
             start = time.perf_counter()
-            torch.cuda._sleep(self._spin_cycles)
+            torch.cuda._sleep(int(spin * self._cycles))
             for before, after in events:
                 self._cache.zero_()
                 before.record()
                 contender.call()
                 after.record()
+            self._enqueueing[contender.name] = time.perf_counter() - start
             torch.cuda.synchronize(self.device)
             wall = time.perf_counter() - start
-        seconds = [before.elapsed_time(after) / 1e3 for before, after in events]
+        seconds = self._seconds(events)
         if sum(seconds) > wall:
             raise RuntimeError(
                 f"{contender.name}: events say {sum(seconds):.6f} s in {wall:.6f} s of wall time"
             )
         return stats.median(seconds)
+
+    @staticmethod
+    def _events(count: int) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
+        return [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
+
+    @staticmethod
+    def _seconds(events: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> list[float]:
+        return [before.elapsed_time(after) / 1e3 for before, after in events]
 
     def batch(self, seconds: float) -> int:
         """Calls of one sample: fewer where one takes milliseconds."""

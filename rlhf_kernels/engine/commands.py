@@ -57,7 +57,7 @@ def _print_json(value: Any) -> None:
 def _write(args: argparse.Namespace, run: store.Run) -> None:
     if args.out:
         store.append(args.out, run)
-        print(f"{len(run.rows)} rows appended to {args.out}", file=sys.stderr)
+        print(f"{len(run.rows) + len(run.outcomes)} rows appended to {args.out}", file=sys.stderr)
 
 
 def _out(args: argparse.Namespace) -> None:
@@ -166,6 +166,7 @@ def tune_ops(args: argparse.Namespace) -> int:
     Every value is checked before it may win and is timed beside the default, which always competes. The table
     is read back at run time: rlhf-kernels doctor says how many of its entries apply.
     """
+    _out(args)
     specs = _specs(args)
     place = _place(args, seconds=1.0, threads=torch.get_num_threads())
     backends = select.known("backend", args.backend, BACKENDS) or list(BACKENDS)
@@ -182,11 +183,10 @@ def tune_ops(args: argparse.Namespace) -> int:
             outcomes.append(outcome)
             if outcome.timings_us:
                 path = tune.store(outcome.entry(place.device, place.threads))
+    run.outcomes = [dataclasses.asdict(one) for one in outcomes]
+    _write(args, run)
     if args.json:
-        _print_json({
-            "table": str(path) if path else None, "complete": run.complete, "fingerprint": run.fingerprint,
-            "outcomes": [dataclasses.asdict(one) for one in outcomes],
-        })  # fmt: skip
+        _print_json(run.to_json() | {"table": str(path) if path else None})
     else:
         show.tune(outcomes)
         table.print_notes([f"Stored in {path}. Again: {args.line}"] if path else ["Nothing was stored."])

@@ -32,7 +32,7 @@ class Row:
         gbps, tflops: least bytes and operations of the op over the time.
         roof_us, roof_fraction: the least time that this machine's measured roofs allow, and its share.
         peak_bytes: most memory held at once above the inputs.
-        speedup: time of the baseline over this time.
+        speedup, speedup_ci: time of the baseline over this time, the median of all rounds, and its interval.
         samples_us: the raw samples, one list a process.
         version: of a foreign package.
     """
@@ -56,6 +56,7 @@ class Row:
     roof_fraction: float | None = None
     peak_bytes: int | None = None
     speedup: float | None = None
+    speedup_ci: tuple[float, float] | None = None
     threads: int | None = None
     version: str | None = None
     samples_us: list[list[float]] = field(default_factory=list)
@@ -94,7 +95,7 @@ class Row:
         """Reads a row; fields of a later schema are left out."""
         names = {f.name for f in dataclasses.fields(cls)}
         row = cls(**{name: item for name, item in value.items() if name in names})
-        row.ci_us = tuple(row.ci_us) if row.ci_us else None
+        row.ci_us, row.speedup_ci = (tuple(ci) if ci else None for ci in (row.ci_us, row.speedup_ci))
         return row
 
 

@@ -30,6 +30,11 @@ def precision(samples: Sequence[float]) -> float:
     return (high - low) / 2 / middle if middle else 0.0
 
 
+def paired(base: Sequence[float], head: Sequence[float]) -> list[float]:
+    """base / head, round by round; the machine's drift is in both and cancels."""
+    return [b / h for b, h in zip(base, head)]
+
+
 def mad(samples: Sequence[float]) -> float:
     """Median absolute deviation from the median."""
     middle = median(samples)

@@ -24,6 +24,7 @@ class Run:
         command: how to repeat it.
         fingerprint: machine, versions and build.
         rows: the results.
+        outcomes: what `tune` found, as JSON values.
         started: UTC, ISO 8601.
         complete: whether it was left to finish.
     """
@@ -31,6 +32,7 @@ class Run:
     command: str
     fingerprint: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    outcomes: list[dict[str, Any]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     complete: bool = True
 
@@ -43,12 +45,13 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Header and rows as one value."""
-        return self.header() | {"rows": [row.to_json() for row in self.rows]}
+        return self.header() | {"rows": [row.to_json() for row in self.rows], "outcomes": self.outcomes}
 
 
 def append(path: Path, run: Run) -> None:
     """Adds a run to a file of JSON lines, in one write; starts a line of its own behind a broken one."""
     lines = [run.header(), *({"kind": "row"} | row.to_json() for row in run.rows)]
+    lines += [{"kind": "outcome"} | outcome for outcome in run.outcomes]
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     with locked(path), path.open("ab+") as file:
         if file.tell():
@@ -78,6 +81,8 @@ def read(path: Path) -> tuple[list[Run], int]:
             runs.append(_run(path, value))
         elif kind == "row" and runs:
             runs[-1].rows.append(Row.from_json(value))
+        elif kind == "outcome" and runs:
+            runs[-1].outcomes.append({name: item for name, item in value.items() if name != "kind"})
     return runs, broken
 
 

@@ -116,7 +116,7 @@ class Tuner:
         held: list[tuned.Trial] = []
         for function in tuned.FUNCTIONS[: len(judge.directions)]:
             own = [k for k in self.spec.knobs if k.backend == self.backend and function in k.functions]
-            if own:
+            if own and hasattr(self.spec.op.module(self.backend), function):
                 outcome = self._tune(judge, function, candidates(own), held)
                 held.append(self._trial(function, outcome.values))
                 yield outcome

@@ -186,8 +186,9 @@ def test_bench_table(run):
 @needs_native
 def test_tune_stores_and_refuses(run, tmp_path):
     words = ["tune", *PLANTED, "--case", "small", "--dtype", "float32", "--seconds", "0.05", "--threads", "1"]
-    code, out, _ = run(*words, "--json", "--quiet")
+    code, out, _ = run(*words, "--json", "--quiet", "--out", tmp_path / "tune.jsonl")
     assert code == 2, "one value of the knob is wrong"
+    assert store.read(tmp_path / "tune.jsonl")[0][0].outcomes == json.loads(out)["outcomes"]
     result = json.loads(out)
     (outcome,) = result["outcomes"]
     assert outcome["values"] == {"waste": 1}
@@ -239,7 +240,7 @@ def test_on_a_terminal_rich_draws(run, monkeypatch):
 
 def test_as_a_process():
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf_kernels.cli", "check", "gea"], capture_output=True, text=True
+        [sys.executable, "-m", "rlhf_kernels", "check", "gea"], capture_output=True, text=True
     )
     assert done.returncode == 64
     assert done.stderr.startswith("rlhf-kernels: unknown op 'gea'")

@@ -1,6 +1,7 @@
 """The engine: what it must catch, that it measures fairly, and that what it keeps can be read again."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import torch
 from rlhf_kernels.engine import conditions, implementations, poison, roofs, stats, store, tune
 from rlhf_kernels.engine.bench import Bench, merged
 from rlhf_kernels.engine.check import Judge, check_case, deviation
-from rlhf_kernels.engine.clock import Contender, CpuClock, Limits, measure
+from rlhf_kernels.engine.clock import Contender, CpuClock, Limits, clock_for, measure
 from rlhf_kernels.engine.memory import peak_bytes
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.spec import Case, Cost, load_specs
@@ -249,6 +250,23 @@ def test_cpu_clock_fills_a_millisecond():
     assert next(calls) >= contender.batch * len(samples)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_clock_sees_the_device_and_not_the_host():
+    device = torch.device("cuda")
+    x, y = torch.empty(2, 1 << 26, device=device).unbind()
+
+    def slow_to_enqueue():
+        time.sleep(0.0005)
+        y.copy_(x)
+
+    clock = clock_for(device)
+    contenders = [Contender("copy", lambda: y.copy_(x)), Contender("late", slow_to_enqueue)]
+    seconds = {name: stats.median(s) for name, s in measure(contenders, clock, Limits(seconds=1)).items()}
+    assert 1e11 < 2 * x.nbytes / seconds["copy"] < 1e13
+    assert seconds["late"] == pytest.approx(seconds["copy"], rel=0.3)
+    assert clock.host(contenders[1]) > 0.0005
+
+
 def test_median_interval():
     assert stats.median_ci([3.0, 1.0, 2.0]) == (1.0, 3.0)
     assert stats.median_ci(range(1, 21)) == (6, 15)  # order statistics 6 and 15 of 20: 95.9 %
@@ -287,7 +305,9 @@ def test_bench_times_what_is_right():
         assert row.error <= row.allowed
     cost = SWIGLU.cost(SWIGLU.cases[0], torch.float32, "forward")
     assert rows[0].gbps == pytest.approx(cost.bytes / rows[0].median_us / 1e3)
-    assert rows[1].speedup == pytest.approx(rows[0].median_us / rows[1].median_us)
+    rounds = zip(rows[0].samples_us[0], rows[1].samples_us[0])
+    assert rows[1].speedup == pytest.approx(stats.median([torch_us / own_us for torch_us, own_us in rounds]))
+    assert rows[1].speedup_ci[0] <= rows[1].speedup <= rows[1].speedup_ci[1]
 
 
 @needs_native
@@ -493,12 +513,17 @@ def test_a_broken_table_is_no_table(cache):
 def test_knob_defaults_are_those_of_the_kernels():
     for spec in load_specs().values():
         for knob in spec.knobs:
-            if knob.backend != "native":
-                continue
-            for function in knob.functions:
-                name = spec.name + "_backward" * (function == "backward")
-                schema = getattr(torch.ops.rlhf_kernels_native, name).default._schema
-                default = {a.name: a.default_value for a in schema.arguments}[knob.name]
+            kernel = spec.op.module(knob.backend)
+            functions = [f for f in knob.functions if hasattr(kernel, f)]
+            assert functions, spec.name
+            for function in functions:
+                default = None
+                if inspect.isfunction(getattr(kernel, function)):
+                    default = inspect.signature(getattr(kernel, function)).parameters[knob.name].default
+                if default is None:  # the kernel leaves it to its schema
+                    name = spec.name + "_backward" * (function == "backward")
+                    schema = getattr(torch.ops.rlhf_kernels_native, name).default._schema
+                    default = next(a.default_value for a in schema.arguments if a.name == knob.name)
                 assert default == knob.candidates[0], f"{spec.name}.{function}: {knob.name}"
 
 

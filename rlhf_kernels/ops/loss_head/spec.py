@@ -148,6 +148,7 @@ SPECS = (
         make=_make_logprob,
         cost=_cost_logprob,
         cases=LOGPROB_CASES,
+        outputs=("logprob", "entropy"),
         floor=4.0,
     ),
     OpSpec(
@@ -160,6 +161,7 @@ SPECS = (
         make=_make_linear,
         cost=_cost_linear,
         cases=LINEAR_CASES,
+        outputs=("logprob", "entropy"),
         floor=8.0,
     ),
 )

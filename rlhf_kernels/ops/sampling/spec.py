@@ -81,6 +81,7 @@ SPECS = (
         make=make,
         cost=cost,
         cases=CASES,
+        outputs=("token", "logprob", "log_mass"),
         floor=4.0,
     ),
 )
