@@ -1,10 +1,5 @@
 """Attention beyond what every op is asked: edges, layouts, errors, independence of the batch."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,31 +183,3 @@ def test_padded_rows_end_with_a_tile(target, size, dtype):
     """One backward kernel pads its rows for the other."""
     writer, reader = (config.chosen(f"{name}_gradient", target, dtype, size) for name in ("query", "key"))
     assert writer.block_m % reader.block_m == 0
-
-
-_FLOAT32_KERNELS = """
-import json
-from rlhf_kernels.engine.budget.worker import source_of
-from rlhf_kernels.ops.attention.spec import kernels
-from triton import compile
-from triton.backends.compiler import GPUTarget
-found = {}
-for build in kernels():
-    if build.target == "sm_100" and "/fp32/64" in build.name:
-        options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-        text = compile(source_of(build), target=GPUTarget("cuda", 100, 32), options=options).asm["ttgir"]
-        found[build.name] = text.count("tc_gen5_mma")
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.slow
-def test_float32_stays_float32_on_blackwell():
-    """Triton 3.6 rounds `ieee` products of 64 rows to TF32 for sm_100, so those tiles must be smaller."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", _FLOAT32_KERNELS]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    found = json.loads(ran.stdout)
-    assert len(found) == 6
-    assert not any(found.values()), found
