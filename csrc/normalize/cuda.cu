@@ -4,6 +4,7 @@
 // to the same threads.
 #include "common/cuda.cuh"
 #include "common/scan.cuh"
+#include "common/vectors.cuh"
 #include "normalize/moments.h"
 
 namespace rk {
@@ -14,9 +15,7 @@ constexpr int kThreads = 256;
 constexpr int64_t kLong = 16384;
 constexpr int64_t kChunks = 1024;
 
-// One load takes kVector elements, and a thread holds kGroup loads in registers at a time.
-template <class T>
-constexpr int kVector = 16 / int(sizeof(T));
+// A thread holds this many vectors in registers at a time.
 template <class T>
 constexpr int kGroup = sizeof(T) == 2 ? 2 : 4;
 template <class T>
@@ -38,60 +37,6 @@ struct Share {
     size = at.length - begin < at.chunk ? at.length - begin : at.chunk;
   }
 };
-
-template <class T>
-struct alignas(16) Vector {
-  T values[kVector<T>];
-};
-
-// The vector at `from`, of which `n` elements exist; the rest are 0.
-template <class T, bool kAligned>
-__device__ inline void read(const T* from, int64_t n, acc_t<T>* to) {
-  if (kAligned && n >= kVector<T>) {
-    const Vector<T> all = *reinterpret_cast<const Vector<T>*>(from);
-#pragma unroll
-    for (int v = 0; v < kVector<T>; ++v) to[v] = load(all.values[v]);
-  } else {
-#pragma unroll
-    for (int v = 0; v < kVector<T>; ++v) to[v] = v < n ? load(from[v]) : acc_t<T>(0);
-  }
-}
-
-template <class T, bool kAligned>
-__device__ inline void write(const acc_t<T>* from, int64_t n, T* to) {
-  if (kAligned && n >= kVector<T>) {
-    Vector<T> all;
-#pragma unroll
-    for (int v = 0; v < kVector<T>; ++v) all.values[v] = store<T>(from[v]);
-    *reinterpret_cast<Vector<T>*>(to) = all;
-  } else {
-#pragma unroll
-    for (int v = 0; v < kVector<T>; ++v)
-      if (v < n) to[v] = store<T>(from[v]);
-  }
-}
-
-// Bit v tells whether element v exists and is real.
-template <class T, bool kAligned>
-__device__ inline unsigned read_mask(const uint8_t* from, int64_t n) {
-  constexpr int kCount = kVector<T>;
-  struct alignas(kCount) Bytes {
-    uint8_t values[kCount];
-  };
-  unsigned bits = 0;
-  if (from == nullptr) {
-    bits = n >= kCount ? (1u << kCount) - 1 : (1u << (n > 0 ? n : 0)) - 1;
-  } else if (kAligned && n >= kCount) {
-    const Bytes all = *reinterpret_cast<const Bytes*>(from);
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) bits |= unsigned(all.values[v] != 0) << v;
-  } else {
-#pragma unroll
-    for (int v = 0; v < kCount; ++v)
-      if (v < n) bits |= unsigned(from[v] != 0) << v;
-  }
-  return bits;
-}
 
 __device__ inline const uint8_t* shifted(const uint8_t* mask, int64_t by) {
   return mask ? mask + by : nullptr;
@@ -147,8 +92,8 @@ __device__ Moments moments_of(const T* x, const uint8_t* mask, int64_t size) {
 #pragma unroll
     for (int g = 0; g < kGroup<T>; ++g) {
       const int64_t i = tile + int64_t(g) * kThreads * kVector<T>;
-      read<T, kAligned>(x + i, size - i, values + g * kVector<T>);
-      real[g] = read_mask<T, kAligned>(shifted(mask, i), size - i);
+      read_vector<T, kAligned>(x + i, size - i, values + g * kVector<T>);
+      real[g] = read_bits<T, kAligned>(shifted(mask, i), size - i);
     }
 #pragma unroll
     for (int e = 0; e < kHeld<T>; ++e) {
@@ -193,9 +138,9 @@ __device__ GradientSums sums_of(const T* grad, const T* x, const uint8_t* mask, 
   A total = 0, along = 0;
   for (int64_t i = int64_t(threadIdx.x) * kVector<T>; i < size; i += int64_t(kThreads) * kVector<T>) {
     A values[kVector<T>], grads[kVector<T>];
-    read<T, kAligned>(x + i, size - i, values);
-    read<T, kAligned>(grad + i, size - i, grads);
-    const unsigned real = read_mask<T, kAligned>(shifted(mask, i), size - i);
+    read_vector<T, kAligned>(x + i, size - i, values);
+    read_vector<T, kAligned>(grad + i, size - i, grads);
+    const unsigned real = read_bits<T, kAligned>(shifted(mask, i), size - i);
 #pragma unroll
     for (int v = 0; v < kVector<T>; ++v) {
       // Beyond the end the gradient is 0.
@@ -230,12 +175,12 @@ __global__ void __launch_bounds__(kThreads)
                           options);
   for (int64_t i = int64_t(threadIdx.x) * kVector<T>; i < share.size; i += int64_t(kThreads) * kVector<T>) {
     A values[kVector<T>];
-    read<T, kAligned>(x + i, share.size - i, values);
+    read_vector<T, kAligned>(x + i, share.size - i, values);
     const unsigned kept =
-        options.zero_masked ? read_mask<T, kAligned>(shifted(mask, i), share.size - i) : ~0u;
+        options.zero_masked ? read_bits<T, kAligned>(shifted(mask, i), share.size - i) : ~0u;
 #pragma unroll
     for (int v = 0; v < kVector<T>; ++v) values[v] = kept >> v & 1u ? map(values[v]) : A(0);
-    write<T, kAligned>(values, share.size - i, out + i);
+    write_vector<T, kAligned>(values, share.size - i, out + i);
   }
 }
 
@@ -268,16 +213,16 @@ __global__ void __launch_bounds__(kThreads)
   const BackwardMap<A> map(moments, all, options);
   for (int64_t i = int64_t(threadIdx.x) * kVector<T>; i < share.size; i += int64_t(kThreads) * kVector<T>) {
     A values[kVector<T>], grads[kVector<T>];
-    read<T, kAligned>(x + i, share.size - i, values);
-    read<T, kAligned>(grad + i, share.size - i, grads);
-    const unsigned real = read_mask<T, kAligned>(shifted(mask, i), share.size - i);
+    read_vector<T, kAligned>(x + i, share.size - i, values);
+    read_vector<T, kAligned>(grad + i, share.size - i, grads);
+    const unsigned real = read_bits<T, kAligned>(shifted(mask, i), share.size - i);
 #pragma unroll
     for (int v = 0; v < kVector<T>; ++v) {
       values[v] = real >> v & 1u        ? map.real(grads[v], values[v])
                   : options.zero_masked ? A(0)
                                         : map.masked(grads[v]);
     }
-    write<T, kAligned>(values, share.size - i, out + i);
+    write_vector<T, kAligned>(values, share.size - i, out + i);
   }
 }
 
