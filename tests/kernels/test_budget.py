@@ -154,10 +154,11 @@ def test_occupancy(target, registers, shared, warps, expected):
 
 
 def test_too_much_shared_memory_is_a_fault():
-    figures = {"spills": 0, "shared": 250_000, "tensor_core": 4}
-    (fault,) = machine.faults("sm_90", figures, True, False)
+    reading = machine.Reading({"spills": 0, "shared": 250_000}, {"matrix": {"HGMMA": 4}})
+    (fault,) = machine.faults("sm_90", reading, tensor_core=True)
     assert fault == "250000 bytes of shared memory, sm_90 has 232448: fewer stages"
-    (fault,) = machine.faults("sm_90", figures | {"shared": 0}, True, True)
+    reading = machine.Reading({"spills": 0, "shared": 0}, {"matrix": {}, "serialized": True})
+    (fault,) = machine.faults("sm_90", reading)
     assert "serialised" in fault
 
 

@@ -136,5 +136,4 @@ def stable_name(demangled: str) -> str:
 
 
 def _judged(one: Measured) -> Measured:
-    found = machine.faults(one.target, one.figures, tensor_core=False, serialized=False)
-    return replace(one, faults=tuple(found))
+    return replace(one, faults=tuple(machine.faults(one.target, machine.Reading(one.figures, one.notes))))

@@ -62,6 +62,7 @@ MACHINES = {
 _BLOCKS = 32  # most resident blocks of a multiprocessor
 
 _SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_MATRIX = re.compile(r"\w*MMA|V_S?MFMAC?")
 _SASS_LOAD = re.compile(r"LDG|LD\.E|LDGSTS")
 _SASS_WIDTH = re.compile(r"\.(128|64|[US]16|[US]8)(?:\.|$)")
 _AMD = re.compile(r"^\s+([a-z]\w+)\s", re.MULTILINE)
@@ -109,7 +110,7 @@ def _read_sass(opcodes: list[str], cubin: bytes, target: str, tools: Path, scrat
     loads = Counter(_sass_width(opcode) for opcode in opcodes if _SASS_LOAD.match(opcode))
     own = {"registers": int(usage[1]), "spills": families["STL"] + families["LDL"]}
     notes = {"bulk_loads": families["UTMALDG"], "stack": int(usage[2])}
-    return Reading(_figures(families, loads, target) | own, _notes(families, loads) | notes)
+    return _reading(families, loads, own, notes)
 
 
 def _code(cubin: bytes) -> bytes:
@@ -122,7 +123,7 @@ def _code(cubin: bytes) -> bytes:
     return b"".join(cubin[offset : offset + size] for *_, offset, size in found)
 
 
-def read_amdgcn(assembly: str, target: str) -> Reading:
+def read_amdgcn(assembly: str) -> Reading:
     """Figures and notes of AMD assembly. Spilled SGPRs go to lanes of VGPRs, not to memory: noted only."""
     opcodes = _AMD.findall(assembly)
     families = Counter(opcode.split("_")[0].upper() for opcode in opcodes)
@@ -136,33 +137,38 @@ def read_amdgcn(assembly: str, target: str) -> Reading:
     scratch = number("private_segment_fixed_size")
     own = {"registers": number("vgpr_count"), "spills": max(number("vgpr_spill_count"), scratch // 4)}
     notes = {"sgpr_spills": number("sgpr_spill_count"), "stack": scratch}
-    return Reading(_figures(families, loads, target) | own, _notes(families, loads) | notes)
+    return _reading(families, loads, own, notes)
 
 
-def faults(target: str, figures: dict[str, int], tensor_core: bool, serialized: bool) -> Iterable[str]:
-    """What no budget excuses in a configuration that may be chosen: one sentence each."""
+def faults(target: str, reading: Reading, tensor_core: bool = False) -> Iterable[str]:
+    """What no budget excuses in a configuration that may be chosen: one sentence each.
+
+    Args:
+        target: one of MACHINES.
+        reading: with `shared` among the figures; `serialized` among the notes where ptxas said so.
+        tensor_core: whether the target's own matrix instruction must be there.
+    """
+    figures, notes = reading
     m = MACHINES[target]
     if figures["spills"]:
         yield f"{figures['spills']} spills on {target}: take a smaller tile, more warps or fewer stages"
     if figures["shared"] > m.shared_block:
         yield f"{figures['shared']} bytes of shared memory, {target} has {m.shared_block}: fewer stages"
-    if tensor_core and not figures["tensor_core"]:
+    if tensor_core and not any(re.fullmatch(m.pattern, name) for name in notes["matrix"]):
         yield f"no {m.matrix} on {target}: that takes 16 bits and, from sm_90 on, a row tile of 64 or more"
-    if serialized:
+    if notes.get("serialized"):
         yield f"ptxas serialised the matrix instructions on {target}: accumulators do not fit in registers"
 
 
-def _figures(families: Counter, loads: Counter, target: str) -> dict[str, int]:
-    matrix = re.compile(MACHINES[target].pattern)
-    return {
-        "tensor_core": sum(n for name, n in families.items() if matrix.fullmatch(name)),
-        "narrow_loads": sum(n for width, n in loads.items() if width < 128),
-    }
-
-
-def _notes(families: Counter, loads: Counter) -> dict[str, Any]:
-    matrix = {name: n for name, n in families.items() if re.fullmatch(r"\w*MMA|V_S?MFMAC?", name)}
-    return {"loads": {str(width): loads[width] for width in sorted(loads, reverse=True)}, "matrix": matrix}
+def _reading(families: Counter, loads: Counter, figures: dict[str, int], notes: dict[str, Any]) -> Reading:
+    """Adds matrix instructions of any kind, so that none may creep into float32, and loads by width."""
+    matrix = {name: n for name, n in families.items() if _MATRIX.fullmatch(name)}
+    narrow = sum(n for width, n in loads.items() if width < 128)
+    widths = {str(width): loads[width] for width in sorted(loads, reverse=True)}
+    return Reading(
+        figures | {"tensor_core": sum(matrix.values()), "narrow_loads": narrow},
+        notes | {"matrix": matrix, "loads": widths},
+    )
 
 
 def _sass_width(opcode: str) -> int:

@@ -45,9 +45,9 @@ class Compiled:
 
     def measured(self) -> Measured:
         """The row of a kernel whose answer is known."""
-        figures, notes = self.answer["figures"], self.answer["notes"]
-        found = machine.faults(self.one.target, figures, self.build.tensor_core, notes["serialized"])
-        return dataclasses.replace(self.one, figures=figures, notes=notes, faults=tuple(found))
+        reading = machine.Reading(**self.answer)
+        found = machine.faults(self.one.target, reading, self.build.tensor_core)
+        return dataclasses.replace(self.one, **self.answer, faults=tuple(found))
 
 
 def main() -> None:
@@ -147,7 +147,7 @@ def read(compiled: Sequence[Compiled], scratch: Path) -> Iterator[Measured]:
     for target in sorted({c.one.target for c in compiled}):
         several = [c for c in compiled if c.one.target == target]
         if target.startswith("gfx"):
-            readings = [machine.read_amdgcn(c.code, target) for c in several]
+            readings = [machine.read_amdgcn(c.code) for c in several]
         else:
             readings = machine.read_cubins([c.code for c in several], target, tools, scratch)
         for one, (figures, notes) in zip(several, readings):
