@@ -20,7 +20,8 @@ struct alignas(16) Vector {
 template <class T, bool kAligned>
 __device__ inline void read_vector(const T* from, int64_t n, acc_t<T>* to) {
   if (kAligned && n >= kVector<T>) {
-    const Vector<T> all = *reinterpret_cast<const Vector<T>*>(from);
+    Vector<T> all;
+    *reinterpret_cast<uint4*>(&all) = *reinterpret_cast<const uint4*>(from);
 #pragma unroll
     for (int v = 0; v < kVector<T>; ++v) to[v] = load(all.values[v]);
   } else {
@@ -35,7 +36,8 @@ __device__ inline void write_vector(const acc_t<T>* from, int64_t n, T* to) {
     Vector<T> all;
 #pragma unroll
     for (int v = 0; v < kVector<T>; ++v) all.values[v] = store<T>(from[v]);
-    *reinterpret_cast<Vector<T>*>(to) = all;
+    // The intrinsic: the compiler would merge a plain store with the single ones below.
+    __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&all));
   } else {
 #pragma unroll
     for (int v = 0; v < kVector<T>; ++v)
