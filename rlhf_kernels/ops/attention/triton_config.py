@@ -33,7 +33,7 @@ _HALF = {
         "key_gradient": (Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
     },
     "sm_90": {
-        "forward": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
+        "forward": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 3)),
         "query_gradient": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
         "key_gradient": (Tile(64, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 128, 8, 3)),
     },
