@@ -133,7 +133,7 @@ class Bench:
         checked = [d for d in judge.directions if d in one.directions]
         try:
             with one.limit(), one.context():
-                rows = judge.rows(one.name, one.function, checked, slack=one.slack, outputs=one.outputs)
+                rows = judge.rows(one.name, one.function, checked, foreign=one.foreign, outputs=one.outputs)
                 found = {row.direction: row for row in rows}
                 for direction in directions:
                     self._enter(candidate, direction, found, judge)

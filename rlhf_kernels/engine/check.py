@@ -36,6 +36,8 @@ from rlhf_kernels.stacks import Unavailable
 INTERPRETED_TIERS = ("smoke", "awkward")
 INTERPRETED_BYTES = 2 << 20
 INTERPRETED_DTYPES = (torch.float32, torch.float16)
+# Factor on what a foreign function is granted.
+FOREIGN_SLACK = 16.0
 # Elements compared at a time: temporaries that stay in the cache.
 _CHUNK = 1 << 17
 
@@ -136,7 +138,7 @@ class Judge:
         directions: Sequence[Direction] | None = None,
         *,
         repeat: bool = True,
-        slack: float = 1.0,
+        foreign: bool = False,
         outputs: Sequence[int] | None = None,
     ) -> list[Row]:
         """Calls `function` as the op and judges it, one row a direction.
@@ -146,8 +148,9 @@ class Judge:
             function: takes the arguments of the public function.
             directions: those that are judged; None means all that the case has.
             repeat: also asks for the same bits twice.
-            slack: factor on what is granted. 1 for our own kernels; a foreign function is only asked whether
-                it does the same thing.
+            foreign: the function is asked whether it does the same thing, not whether it is as exact: more is
+                granted, and where there is a `mask`, only what is real counts, since stacks leave what they
+                like in padding.
             outputs: indices of the op's outputs where `function` gives only some; for the forward alone.
         """
         wanted = [d for d in self.directions if directions is None or d in directions]
@@ -158,7 +161,7 @@ class Judge:
             return [self.row(impl, d).failed("unavailable", str(refusal)) for d in wanted]
         except Exception as error:  # whatever an implementation raises is its result
             return [self.row(impl, d).failed("error", one_line(error)) for d in wanted]
-        return [self._judge(self.row(impl, d), result, complaint, slack, outputs) for d in wanted]
+        return [self._judge(self.row(impl, d), result, complaint, foreign, outputs) for d in wanted]
 
     def row(self, impl: str, direction: str) -> Row:
         """An empty row of this case."""
@@ -186,7 +189,7 @@ class Judge:
         return result, ""
 
     def _judge(
-        self, row: Row, result: Result, complaint: str, slack: float, outputs: Sequence[int] | None
+        self, row: Row, result: Result, complaint: str, foreign: bool, outputs: Sequence[int] | None
     ) -> Row:
         direction = row.direction
         results = (result, self.reference, self.yardstick)
@@ -200,16 +203,26 @@ class Judge:
             g = self._part(name, g, direction)
             if odd := _unlike(name, g, y):
                 return row.failed("incorrect", odd)
+            if foreign:
+                g, w, y = (self._real(t) for t in (g, w, y))
             error, allowed = deviation(g, w, y, self.spec.floor)
-            allowed *= slack
+            allowed *= FOREIGN_SLACK if foreign else 1.0
             excess = error / allowed if allowed else (math.inf if error else 0.0)
             if excess > worst:
                 worst, row.error, row.allowed = excess, error, allowed
                 row.reason = f"{name} is off by {error:.3g}, allowed is {allowed:.3g}"
+                if error == math.inf:
+                    row.reason = f"{name} is not finite where the definition is, or the other way round"
         if worst > 1:
             return row.failed("incorrect", row.reason)
         row.reason = ""
         return row.failed("incorrect", complaint) if complaint else row
+
+    def _real(self, tensor: Tensor) -> Tensor:
+        """What is not padding, where the tensor has the mask's shape."""
+        mask = self.checked[0].args.get("mask")
+        masked = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == tensor.shape
+        return tensor[mask] if masked else tensor
 
     def _part(self, name: str, tensor: Tensor, direction: Direction) -> Tensor:
         """The checked part; a gradient is cut as the argument that it belongs to."""

@@ -21,8 +21,6 @@ EAGER = "torch"
 COMPILED = "torch.compile"
 # A loop over time steps is unrolled into a graph that takes minutes to compile.
 COMPILE_SECONDS = 60
-# A foreign function is asked whether it does the same thing, not whether it is as exact as ours.
-PEER_SLACK = 16.0
 
 
 @dataclass
@@ -34,7 +32,7 @@ class Implementation:
         function: called with the arguments of the public function; raises Unavailable where it cannot serve.
         context: holds while it is called.
         limit: holds while it is called for the first time.
-        slack: factor on what the check grants.
+        foreign: whether it is another stack's, and checked as such.
         version: of a foreign package.
         directions: what it can be asked for.
         outputs: indices of the op's outputs where it gives only some.
@@ -45,7 +43,7 @@ class Implementation:
     function: Callable[..., Any]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     limit: Callable[[], AbstractContextManager[Any]] = nullcontext
-    slack: float = 1.0
+    foreign: bool = False
     version: str | None = None
     directions: tuple[str, ...] = ("forward", "backward")
     outputs: tuple[int, ...] | None = None
@@ -107,12 +105,12 @@ def of_peer(peer: Peer, spec: OpSpec, arguments: dict[str, Any], device: torch.d
             absent = str(reason)
     if peer.outputs is None:
         return Implementation(
-            peer.label, function, slack=PEER_SLACK, version=version, absent=absent, directions=peer.directions
+            peer.label, function, foreign=True, version=version, absent=absent, directions=peer.directions
         )
     # With fewer outputs there are other gradients: the forward alone can be held against ours.
     outputs = tuple(spec.outputs.index(name) for name in peer.outputs)
     return Implementation(
-        peer.label, function, slack=PEER_SLACK, version=version, absent=absent, outputs=outputs,
+        peer.label, function, foreign=True, version=version, absent=absent, outputs=outputs,
         directions=("forward",),
     )  # fmt: skip
 

@@ -132,14 +132,15 @@ def how_timed(rows: Sequence[Row]) -> list[str]:
 
 
 def refusals(rows: Sequence[Row]) -> list[str]:
-    """What is unavailable, a line a reason."""
-    reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
+    """What is unavailable, a line an implementation, with the reasons and the ops that they hold for."""
+    reasons: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row.status == "unavailable":
-            reasons[row.impl, row.reason].append(row.op)
+            reasons[row.impl][row.reason.removeprefix(f"{row.impl} ")][row.op] = None
     return [
-        f"{impl} is unavailable for {', '.join(dict.fromkeys(ops))}: {reason}"
-        for (impl, reason), ops in reasons.items()
+        f"{impl} is unavailable: "
+        + "; ".join(f"{reason} ({', '.join(ops)})" for reason, ops in found.items())
+        for impl, found in reasons.items()
     ]
 
 
