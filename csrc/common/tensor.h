@@ -34,75 +34,106 @@ struct Rows {
   }
 };
 
-// The leading dimensions as one, or -1 where no single stride walks them.
-inline int64_t row_stride(const Tensor& t) {
-  const int64_t dim = t.dim();
-  if (dim == 0) return 1;
-  if (t.size(dim - 1) > 1 && t.stride(dim - 1) != 1) return -1;
-  int64_t stride = t.size(dim - 1);
-  int64_t span = 1;  // rows seen so far, from the innermost leading dimension outwards
-  for (int64_t d = dim - 2; d >= 0; --d) {
-    if (t.size(d) == 1) continue;
-    if (span == 1)
-      stride = t.stride(d);
-    else if (t.stride(d) != stride * span)
-      return -1;
-    span *= t.size(d);
+// Sizes and strides by three calls across the ABI instead of one for every number.
+struct Shape {
+  explicit Shape(const Tensor& t) : sizes(t.sizes().data()), strides(t.strides().data()), dim(t.dim()) {
+    STD_TORCH_CHECK(dim <= kMostDims, "at most 16 dimensions are supported, got ", dim);
   }
-  return stride;
-}
+
+  static constexpr int64_t kMostDims = 16;
+  const int64_t *sizes, *strides;
+  int64_t dim;
+
+  // The dimensions before the last as one: their stride, or -1 where no single one walks them.
+  int64_t row_stride() const {
+    if (dim == 0) return 1;
+    int64_t stride = sizes[dim - 1];
+    if (stride > 1 && strides[dim - 1] != 1) return -1;
+    int64_t span = 1;  // rows seen so far, from the innermost leading dimension outwards
+    for (int64_t d = dim - 2; d >= 0; --d) {
+      if (sizes[d] == 1) continue;
+      if (span == 1)
+        stride = strides[d];
+      else if (strides[d] != stride * span)
+        return -1;
+      span *= sizes[d];
+    }
+    return stride;
+  }
+};
 
 inline Rows as_rows(const Tensor& t) {
-  const int64_t cols = t.dim() == 0 ? 1 : t.size(t.dim() - 1);
+  const Shape shape(t);
+  const int64_t cols = shape.dim == 0 ? 1 : shape.sizes[shape.dim - 1];
   const int64_t rows = cols == 0 ? 0 : t.numel() / cols;
-  const int64_t stride = row_stride(t);
+  const int64_t stride = shape.row_stride();
   if (stride >= 0) return {t, rows, cols, stride};
   return {torch::stable::contiguous(t), rows, cols, cols};
 }
 
+inline int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Bool:
+      return aoti_torch_dtype_bool();
+    default:
+      return aoti_torch_dtype_int64();
+  }
+}
+
 // Uninitialised and contiguous. Straight to the allocator: a dispatcher look-up by name costs 0.4 us.
-inline Tensor empty_as(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType dtype) {
-  int64_t strides[16];
-  STD_TORCH_CHECK(dim <= 16, "at most 16 dimensions are supported, got ", dim);
+inline Tensor empty_as(const Tensor& like, const int64_t* sizes, int64_t dim, int32_t dtype) {
+  int64_t strides[Shape::kMostDims];
+  STD_TORCH_CHECK(dim <= Shape::kMostDims, "at most 16 dimensions are supported, got ", dim);
   int64_t span = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
     strides[d] = span;
     span *= sizes[d] > 0 ? sizes[d] : 1;
   }
-  int32_t code, device_type, device_index;
+  int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  switch (dtype) {
-    case ScalarType::Float: code = aoti_torch_dtype_float32(); break;
-    case ScalarType::Double: code = aoti_torch_dtype_float64(); break;
-    case ScalarType::BFloat16: code = aoti_torch_dtype_bfloat16(); break;
-    case ScalarType::Half: code = aoti_torch_dtype_float16(); break;
-    case ScalarType::Bool: code = aoti_torch_dtype_bool(); break;
-    default: code = aoti_torch_dtype_int64(); break;
-  }
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, code, device_type, device_index, &handle));
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
+inline Tensor empty_as(const Tensor& like, const int64_t* sizes, int64_t dim, ScalarType dtype) {
+  return empty_as(like, sizes, dim, dtype_code(dtype));
+}
 
+// Of t's dtype, and of its own shape or another.
+inline Tensor new_like(const Tensor& t, const int64_t* sizes, int64_t dim) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return empty_as(t, sizes, dim, dtype);
+}
 inline Tensor new_like(const Tensor& t) {
-  int64_t sizes[16];
-  const int64_t dim = t.dim();
-  STD_TORCH_CHECK(dim <= 16, "at most 16 dimensions are supported, got ", dim);
-  for (int64_t d = 0; d < dim; ++d) sizes[d] = t.size(d);
-  return empty_as(t, sizes, dim, t.scalar_type());
+  const Shape shape(t);
+  return new_like(t, shape.sizes, shape.dim);
 }
 
 // Calls f with a value of the C++ type that stores this dtype.
 template <class F>
 auto dispatch_float(ScalarType dtype, const char* op, F&& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    case ScalarType::BFloat16: return f(bf16());
-    case ScalarType::Half: return f(fp16());
-    default: STD_TORCH_CHECK(false, op, ": expected a floating-point tensor");
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::BFloat16:
+      return f(bf16());
+    case ScalarType::Half:
+      return f(fp16());
+    default:
+      STD_TORCH_CHECK(false, op, ": expected a floating-point tensor");
   }
   return f(float());
 }

@@ -1,4 +1,6 @@
 // swiglu on the CPU: schema, memory-safety checks, rows in parallel.
+#include <algorithm>
+
 #include "common/tensor.h"
 #define RK_ROWS "swiglu/rows.h"
 #include "common/foreach_isa.h"
@@ -38,12 +40,12 @@ Offsets<T> starts(const Pair& pair, bool packed, bool gate_first) {
 Tensor swiglu(const Tensor& x, const std::optional<Tensor>& gate, bool gate_first, int64_t grain) {
   const bool packed = !gate.has_value();
   const Pair pair = split(x, gate, gate_first);
-  int64_t sizes[16];
-  const int64_t dim = x.dim();
-  STD_TORCH_CHECK(dim >= 1 && dim <= 16, "swiglu: expected 1 to 16 dimensions, got ", dim);
-  for (int64_t d = 0; d < dim; ++d) sizes[d] = x.size(d);
-  sizes[dim - 1] = pair.x.cols;
-  Tensor out = empty_as(x, sizes, dim, x.scalar_type());
+  const Shape shape(x);
+  STD_TORCH_CHECK(shape.dim >= 1, "swiglu: expected at least one dimension");
+  int64_t sizes[Shape::kMostDims];
+  std::copy_n(shape.sizes, shape.dim - 1, sizes);
+  sizes[shape.dim - 1] = pair.x.cols;
+  Tensor out = new_like(x, sizes, shape.dim);
   dispatch_float(x.scalar_type(), "swiglu", [&](auto zero) {
     using T = decltype(zero);
     const auto row = RK_PICK(swiglu_row<T>);
@@ -59,8 +61,9 @@ Tensor swiglu(const Tensor& x, const std::optional<Tensor>& gate, bool gate_firs
 }
 
 // The second result is empty when x is packed: its gradient holds both halves.
-std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& gate,
-                                           bool gate_first, int64_t grain) {
+std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& x,
+                                           const std::optional<Tensor>& gate, bool gate_first,
+                                           int64_t grain) {
   const bool packed = !gate.has_value();
   const Pair pair = split(x, gate, gate_first);
   const Rows dy = as_rows(grad);
@@ -69,7 +72,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& x, 
                   "swiglu_backward: the gradient does not fit x");
   Tensor grad_x = new_like(x);
   const int64_t none = 0;
-  Tensor grad_gate = packed ? empty_as(x, &none, 1, x.scalar_type()) : new_like(*gate);
+  Tensor grad_gate = packed ? new_like(x, &none, 1) : new_like(*gate);
   dispatch_float(x.scalar_type(), "swiglu_backward", [&](auto zero) {
     using T = decltype(zero);
     const auto row = RK_PICK(swiglu_backward_row<T>);
@@ -91,7 +94,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& x, 
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rlhf_kernels_native, m) {
-  m.def("swiglu(Tensor x, Tensor? gate, bool gate_first, int grain=32768) -> Tensor");
+  m.def("swiglu(Tensor x, Tensor? gate=None, bool gate_first=False, int grain=32768) -> Tensor");
   m.def(
       "swiglu_backward(Tensor grad, Tensor x, Tensor? gate, bool gate_first, int grain=32768)"
       " -> (Tensor, Tensor)");

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
-_FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
 def floating(op: str, name: str, x: Any) -> None:
     """TypeError unless x is a tensor of a floating-point dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}(): {name} must be a tensor, got {type(x).__name__}. Wrap it with torch.as_tensor.")
-    if x.dtype not in _FLOATING:
+    if x.dtype not in FLOATING:
         raise TypeError(
             f"{op}(): {name} must be float32, bfloat16, float16 or float64, got {_dtype(x)} {tuple(x.shape)}. "
             f"Cast with {name}.float()."
