@@ -69,8 +69,9 @@ def masked_normalize(
 ) -> Tensor:
     """`(x - mean) / std` with the mean and variance of the real elements, as PPO whitens its advantages.
 
-    What stands in masked slots, NaN and inf included, reaches no other output and no other gradient.
-    NORMALIZE_PRESETS names the arguments that other stacks' functions amount to.
+    What stands in masked slots, NaN and inf included, reaches no other output and no other gradient. The
+    gradient that arrives at a masked output which is neither zeroed nor NaN or inf goes through the mean and
+    the variance like any other. NORMALIZE_PRESETS names the arguments that other stacks' functions amount to.
 
     Args:
         x: any shape, floating-point.
@@ -107,7 +108,7 @@ def _along(
     x: Tensor, mask: Tensor | None, dims: tuple[int, ...], eps: float, flags: int, group: ProcessGroup | None
 ) -> Tensor:
     """Moves `dims` to the end where they are not there."""
-    last = not dims or dims[0] == x.dim() - len(dims)
+    last = dims == tuple(range(x.dim() - len(dims), x.dim()))
     if not last:
         x, mask = moved_last(x, dims), None if mask is None else moved_last(mask, dims)
     if group is None:
