@@ -3,6 +3,7 @@
 Importing this needs torch alone. `explain("gae")` says which backend runs an op here and why.
 """
 
+from rlhf_kernels.ops.advantage import gae, token_advantages
 from rlhf_kernels.ops.attention import attention
 from rlhf_kernels.ops.loss_head import linear_logprob, logprob
 from rlhf_kernels.ops.norm import layer_norm, rms_norm
@@ -23,6 +24,7 @@ __all__ = [
     "attention",
     "backend",
     "explain",
+    "gae",
     "layer_norm",
     "linear_logprob",
     "logprob",
@@ -32,4 +34,5 @@ __all__ = [
     "rotary_tables",
     "sample",
     "swiglu",
+    "token_advantages",
 ]

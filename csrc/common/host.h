@@ -13,6 +13,7 @@ namespace py = pybind11;
 
 // C-contiguous float32; other arrays are converted on the way in.
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using BoolArray = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 
 inline std::vector<void (*)(py::module_&)>& bindings() {
   static std::vector<void (*)(py::module_&)> list;

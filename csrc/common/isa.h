@@ -18,6 +18,11 @@
 #define RK_MULTI_ISA 0
 #endif
 
+// Inside foreach_isa.h a function that is not inlined loses its registers at every call, and in a file of many
+// instantiations GCC stops inlining by itself.
+#define RK_INLINE inline __attribute__((always_inline))
+#define RK_OUTLINE __attribute__((noinline))
+
 namespace rk {
 
 enum class Isa : int { kBase = 0, kV3 = 1, kV4 = 2 };

@@ -9,8 +9,6 @@
 namespace rk {
 namespace {
 
-using BoolArray = py::array_t<bool, py::array::c_style | py::array::forcecast>;
-
 FloatArray masked_normalize(const FloatArray& x, const BoolArray& mask, double eps, bool zero_masked) {
   require(x.size() == mask.size(), "masked_normalize: x and mask must have one size");
   FloatArray out(std::vector<py::ssize_t>(x.shape(), x.shape() + x.ndim()));

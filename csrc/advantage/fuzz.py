@@ -1,0 +1,31 @@
+"""gae in NumPy and random arguments for it, for tools/fuzz_host.py."""
+
+import numpy as np
+from fuzzing import Draw, Trial
+
+
+def gae(draw: Draw) -> Trial:
+    """A_t = delta_t + gamma lam A_(t+1), one step after the other; state passes over masked steps."""
+    shape = draw.choice((draw.size(70), draw.size(60)), (draw.size(20), draw.size(1100)), (3, 1024))
+    rewards, values = (draw.floats(shape, odd=False, spread=0.1) for _ in range(2))
+    mask = draw.choice(None, draw.mask(shape))
+    gamma, lam = draw.choice(1.0, 0.99, 0.5), draw.choice(1.0, 0.95, 0.0)
+    real = np.ones(shape, bool) if mask is None else np.asarray(mask)
+    if mask is not None:
+        odd = np.float32(draw.choice(np.nan, np.inf, -np.inf))
+        rewards = draw.laid_out(np.where(real, rewards, odd))
+        values = draw.laid_out(np.where(real, values, odd))
+
+    r, v = (np.where(real, x, 0).astype(np.float64) for x in (rewards, values))
+    advantages, state, follows = np.zeros(shape), np.zeros(shape[0]), np.zeros(shape[0])
+    for t in reversed(range(shape[1])):
+        step = r[:, t] + gamma * follows - v[:, t] + gamma * lam * state
+        state = np.where(real[:, t], step, state)
+        follows = np.where(real[:, t], v[:, t], follows)
+        advantages[:, t] = state
+    largest = max((np.abs(x).max(initial=0.0) for x in (r, v, advantages)), default=0.0)
+    slack = 1e-6 * largest * (1 + np.sqrt(shape[1]))
+    return Trial((rewards, values, mask, gamma, lam), (advantages, advantages + v), slack)
+
+
+TRIALS = {"gae": gae}

@@ -1,0 +1,73 @@
+// Tensors of the advantage room as planes: what both the CPU and the CUDA operators check and hold.
+#pragma once
+
+#include "advantage/args.h"
+#include "common/tensor.h"
+
+namespace rk {
+
+// Tensors of one call, as large as `like`; copies that make rows contiguous live as long as it does.
+class Planes {
+ public:
+  explicit Planes(const Tensor& like) : like_(like), dtype_(like.scalar_type()) {
+    STD_TORCH_CHECK(like.dim() == 2, "gae: expected [batch, time], got ", like.dim(), " dimensions");
+    sizes_[0] = like.size(0);
+    sizes_[1] = like.size(1);
+  }
+
+  int64_t rows() const { return sizes_[0]; }
+  int64_t steps() const { return sizes_[1]; }
+  ScalarType dtype() const { return dtype_; }
+
+  Tensor empty() const { return empty_as(like_, sizes_, 2, dtype_); }
+
+  template <class T>
+  Plane<const T> matrix(const Tensor& t) {
+    return plane<T>(t, dtype_);
+  }
+
+  // One element per row.
+  template <class T>
+  Plane<const T> column(const Tensor& t) const {
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == rows() && t.scalar_type() == dtype_,
+                    "gae: next_value does not fit rewards");
+    return {static_cast<const T*>(t.data_ptr()), t.stride(0)};
+  }
+
+  GaeFlags flags(const std::optional<Tensor>& mask, const std::optional<Tensor>& done,
+                 const std::optional<Tensor>& truncated, bool carry) {
+    return {flag(mask), flag(done), flag(truncated), carry};
+  }
+
+ private:
+  Plane<const uint8_t> flag(const std::optional<Tensor>& t) {
+    return t ? plane<uint8_t>(*t, ScalarType::Bool) : Plane<const uint8_t>{};
+  }
+
+  template <class T>
+  Plane<const T> plane(const Tensor& t, ScalarType dtype) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows() && t.size(1) == steps() && t.scalar_type() == dtype,
+                    "gae: a tensor does not fit rewards");
+    if (steps() <= 1 || t.stride(1) == 1) return {static_cast<const T*>(t.data_ptr()), t.stride(0)};
+    copies_.push_back(torch::stable::contiguous(t));
+    return {static_cast<const T*>(copies_.back().data_ptr()), steps()};
+  }
+
+  const Tensor& like_;
+  const ScalarType dtype_;
+  int64_t sizes_[2];
+  std::vector<Tensor> copies_;
+};
+
+template <class T>
+Plane<T> written(const Tensor& out) {
+  return {static_cast<T*>(out.data_ptr()), out.dim() == 2 ? out.size(1) : 1};
+}
+
+inline GaeKind kind_of(const GaeFlags& flags, bool next_per_step) {
+  if (flags.done || flags.truncated || next_per_step || (flags.mask && !flags.carry))
+    return GaeKind::kGeneral;
+  return flags.mask ? GaeKind::kMasked : GaeKind::kPlain;
+}
+
+}  // namespace rk
