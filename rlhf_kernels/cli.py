@@ -131,6 +131,7 @@ def _timing(parser: argparse.ArgumentParser) -> None:
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
     _timing(parser)
+    parser.add_argument("--baseline", default="torch", metavar="NAME", help="what speed-ups are over")
     parser.add_argument("--processes", type=_positive(int), default=1, help="the median of so many")
 
 

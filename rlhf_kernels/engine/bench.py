@@ -46,7 +46,8 @@ class Bench:
         device, clock, roofs: where, and with what.
         threads: noted in the rows.
         limits: of one case and direction.
-        wanted: names of implementations; none means all. The eager baseline is always timed.
+        wanted: names of implementations; none means all. Eager PyTorch is always timed.
+        baseline: what speed-ups are over.
         directions: some of DIRECTIONS.
     """
 
@@ -56,6 +57,7 @@ class Bench:
     threads: int
     limits: Limits = field(default_factory=Limits)
     wanted: Sequence[str] = ()
+    baseline: str = EAGER
     directions: Sequence[str] = DIRECTIONS
 
     def rows(self, spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[Row]:
@@ -80,7 +82,7 @@ class Bench:
         copy = Contender("the roof", copy_of(costs, self.device))
         samples = measure([*contenders, copy], self.clock, self.limits)
         least = [self.roofs.seconds(costs, judge.dtype, copying) for copying in samples[copy.name]]
-        base = next((samples[c.name] for c in contenders if c.name == EAGER), [])
+        base = next((samples[c.name] for c in contenders if c.name == self.baseline), [])
         for candidate, contender in zip(ready, contenders):
             row = candidate.rows[direction]
             row.host_us = _scaled(self.clock.host(contender))
@@ -110,13 +112,14 @@ class Bench:
             tflops=whole.flops / seconds / 1e12, roof_us=stats.median(least) * 1e6,
             roof_fraction=stats.median(stats.paired(least, samples)),
             speedup=stats.median(faster) if faster else None,
-            speedup_ci=stats.median_ci(faster) if faster else None,
+            speedup_ci=stats.median_ci(faster) if faster else None, baseline=self.baseline,
             samples_us=[[s * 1e6 for s in samples]],
         )  # fmt: skip
 
     def _implementations(self, judge: Judge) -> list[Implementation]:
         spec, case, dtype = judge.spec, judge.case, judge.dtype
-        found = list(known.implementations(spec, case, dtype, self.device, judge.inputs.args, self.wanted))
+        wanted = {*self.wanted, self.baseline} if self.wanted else ()
+        found = list(known.implementations(spec, case, dtype, self.device, judge.inputs.args, wanted))
         elsewhere = set(self.wanted) & set(spec.op.declared()) - {one.name for one in found}
         return found + [known.of_backend(spec, case, dtype, self.device, name) for name in sorted(elsewhere)]
 

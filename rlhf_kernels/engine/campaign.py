@@ -14,6 +14,7 @@ from rlhf_kernels.engine.bench import DIRECTIONS, merged
 from rlhf_kernels.engine.check import Judge, check_case
 from rlhf_kernels.engine.clock import Limits
 from rlhf_kernels.engine.conditions import work
+from rlhf_kernels.engine.implementations import EAGER
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.select import Measurement
 from rlhf_kernels.engine.tune import Outcome
@@ -60,6 +61,7 @@ def bench(
     place: Place,
     tell: Tell,
     processes: int = 1,
+    baseline: str = EAGER,
     rows: dict[tuple[str, ...], list[Row]] | None = None,
 ) -> list[Row]:
     """Times in `processes` fresh processes, one after the other; `rows` gathers what came, by key.
@@ -70,7 +72,9 @@ def bench(
     gathered = {} if rows is None else rows
     total, number = len(measurements) * processes, 0
     for process in range(processes):
-        request = place.request("bench", measurements, wanted=list(wanted), directions=DIRECTIONS)
+        request = place.request(
+            "bench", measurements, wanted=list(wanted), baseline=baseline, directions=DIRECTIONS
+        )
         for event in work(request, place.threads):
             if event["event"] == "start":
                 which = f" (process {process + 1} of {processes})" if processes > 1 else ""

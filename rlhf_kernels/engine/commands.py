@@ -135,6 +135,7 @@ def bench(args: argparse.Namespace) -> int:
     place = _place(args, seconds=2.0, threads=1)
     known = dict.fromkeys(name for spec in specs for name in names(spec))
     wanted = select.known("implementation", args.backend, known)
+    (baseline,) = select.known("implementation", [args.baseline], known)
     tiers = args.tier or ("smoke", "typical")
     chosen = select.measurements(specs, args.case, args.dtype, tiers, _first_dtype(place.device))
     chosen = [m for m in chosen if m.case.tier != "awkward"]
@@ -143,7 +144,7 @@ def bench(args: argparse.Namespace) -> int:
     run = store.Run(args.line, fingerprint(place.device, place.threads))
     rows: dict[tuple[str, ...], list[Row]] = {}
     with table.progress(args.quiet) as tell, _keeping(run):
-        campaign.bench(chosen, wanted, place, tell, args.processes, rows)
+        campaign.bench(chosen, wanted, place, tell, args.processes, baseline, rows)
     run.rows = campaign.gather(rows)
     _write(args, run)
     if args.json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -56,9 +56,9 @@ def implementations(
     dtype: torch.dtype,
     device: torch.device,
     arguments: dict[str, Any],
-    wanted: Sequence[str] = (),
+    wanted: Collection[str] = (),
 ) -> Iterator[Implementation]:
-    """What may be timed for this op on this device: the eager baseline, then those wanted, or all."""
+    """What may be timed for this op on this device: eager PyTorch, then those wanted, or all."""
 
     def asked(name: str) -> bool:
         return not wanted or name in wanted

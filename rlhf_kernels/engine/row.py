@@ -32,7 +32,7 @@ class Row:
         gbps, tflops: least bytes and operations of the op over the time.
         roof_us, roof_fraction: the least time that this machine's measured roofs allow, and its share.
         peak_bytes: most memory held at once above the inputs.
-        speedup, speedup_ci: time of the baseline over this time, the median of all rounds, and its interval.
+        speedup, speedup_ci: time of `baseline` over this time, the median of all rounds, and its interval.
         samples_us: the raw samples, one list a process.
         version: of a foreign package.
     """
@@ -57,6 +57,7 @@ class Row:
     peak_bytes: int | None = None
     speedup: float | None = None
     speedup_ci: tuple[float, float] | None = None
+    baseline: str | None = None
     threads: int | None = None
     version: str | None = None
     samples_us: list[list[float]] = field(default_factory=list)

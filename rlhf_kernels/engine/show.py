@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_kernels.engine.doctor import Finding
+from rlhf_kernels.engine.implementations import EAGER
 from rlhf_kernels.engine.row import Row, dtype_name
 from rlhf_kernels.engine.spec import OpSpec
 from rlhf_kernels.engine.table import duration, figure, print_notes, print_table, size
@@ -79,6 +80,7 @@ def check(rows: Sequence[Row], verbose: bool) -> None:
 
 def bench(rows: Sequence[Row], specs: Mapping[str, OpSpec]) -> None:
     """A table an op: implementations of one case and direction below one another, and what they lack."""
+    baseline = _baseline(rows)
     for op, found in itertools.groupby(rows, lambda row: row.op):
         lines, last = [], None
         for row in found:
@@ -88,7 +90,7 @@ def bench(rows: Sequence[Row], specs: Mapping[str, OpSpec]) -> None:
             lines.append([*(("", "", "") if where == last else where), *_timing(row)])
             last = where
         names = (
-            "case", "dtype", "dir", "implementation", ">time", ">+-", ">vs torch", ">GB/s", ">of roof",
+            "case", "dtype", "dir", "implementation", ">time", ">+-", f">vs {baseline}", ">GB/s", ">of roof",
             ">memory", ">error",
         )  # fmt: skip
         print_table(names, lines, f"{op}: {specs[op].summary}")
@@ -98,6 +100,10 @@ def bench(rows: Sequence[Row], specs: Mapping[str, OpSpec]) -> None:
         for row in failed
     ])  # fmt: skip
     print_notes(refusals(rows))
+
+
+def _baseline(rows: Sequence[Row]) -> str:
+    return next((row.baseline for row in rows if row.baseline), EAGER)
 
 
 def _timing(row: Row) -> list[str]:
@@ -125,9 +131,9 @@ def how_timed(rows: Sequence[Row]) -> list[str]:
     return [
         f"Time: median of {taken}{min(counts)} to {max(counts)} samples in interleaved, shuffled rounds, "
         f"{threads} on {timed[0].device}; +- is half its 95 % interval.",
-        "vs torch: eager PyTorch's time over this one. Of roof: the time of a copy of as many bytes, or of a "
-        "matrix product of as many operations, over this one, in the same rounds. Memory: above the inputs. "
-        "Error: the largest against float64.",
+        f"vs {_baseline(rows)}: its time over this one, by rounds (torch is eager PyTorch). Of roof: "
+        "the time of a copy of as many bytes, or of a matrix product of as many operations, over this one. "
+        "Memory: above the inputs. Error: the largest against float64.",
     ]
 
 

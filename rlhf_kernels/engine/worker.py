@@ -35,7 +35,7 @@ def bench(request: dict[str, Any], emit: Emit) -> None:
     emit("roofs", **dataclasses.asdict(roofs))
     bench = Bench(
         device, clock_for(device), roofs, threads, Limits(**request["limits"]),
-        request["wanted"], request["directions"],
+        request["wanted"], request["baseline"], request["directions"],
     )  # fmt: skip
     for op, case, dtype in request["measurements"]:
         emit("start", op=op, case=case, dtype=dtype)

@@ -63,6 +63,7 @@ def known_roofs(surroundings, monkeypatch):
         (["check", "--tier", "small", *SWIGLU], "unknown tier 'small': expected one of smoke, typical"),
         (["check", "--backend", "cuda", *SWIGLU], "unknown backend 'cuda': expected one of reference"),
         (["bench", "--impl", "liger", *SWIGLU], "unknown implementation 'liger': did you mean 'Liger'?"),
+        (["bench", "--baseline", "TRL", *SWIGLU], "unknown implementation 'TRL': expected one of torch"),
         (["bench", "--tier", "awkward", *SWIGLU], "awkward cases are checked, not timed"),
         (["check", "--device", "tpu", *SWIGLU], "unknown device 'tpu': expected cpu or cuda"),
         (["bench", "--threads", "0"], "argument --threads: expected a number above zero, got 0"),

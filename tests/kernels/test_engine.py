@@ -327,6 +327,17 @@ def test_bench_times_what_is_right():
 
 
 @needs_native
+def test_speed_ups_over_another_baseline(planted):
+    spec = planted["planted_double"]
+    bench = _bench(wanted=["torch"], baseline="native", directions=["forward"])
+    rows = {row.impl: row for row in bench.rows(spec, spec.case("small"), torch.float32)}
+    assert set(rows) == {"torch", "native"}
+    assert rows["native"].speedup == 1.0
+    assert rows["torch"].speedup > 1.0, "the native kernel wastes time by default"
+    assert {row.baseline for row in rows.values()} == {"native"}
+
+
+@needs_native
 def test_bench_shows_no_time_of_what_is_wrong(planted):
     spec = planted["planted_wrong"]
     rows = {r.impl: r for r in _bench(wanted=["native"]).rows(spec, spec.case("small"), torch.float32)}
