@@ -50,7 +50,7 @@ def test_gradients(backend):
     torch.testing.assert_close(of_one_alone, F.silu(gate))
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # of the interpreter
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @pytest.mark.parametrize("backend", ["native", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_extreme_gates(backend, dtype):
