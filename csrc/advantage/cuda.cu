@@ -1,13 +1,14 @@
 // gae and its gradients on the GPU: a block takes a row, a parallel scan of affine maps along T, tile after
-// tile. What is combined in which order depends on T alone.
+// tile. A thread has one vector of neighbouring steps, aligned or not, so that what is combined in which
+// order depends on T alone.
 #include "advantage/planes.h"
 #include "common/scan.cuh"
+#include "common/vectors.cuh"
 
 namespace rk {
 namespace cuda {
 namespace {
 
-constexpr int kSteps = 4;  // steps of one thread in a tile
 constexpr int kMaxThreads = 256;
 
 // A step as a map of the state (p, q): p' = f p + h, q' = k p + a q + b. In gae p is the value that follows
@@ -61,122 +62,143 @@ __device__ Step<A> exclusive_scan(const Step<A>& mine, Step<A>& total) {
   return lane == 0 ? before : then(before, neighbour);
 }
 
-// What the flags say of one step.
+// The flags of one thread's vector of steps, a bit for each; none is set beyond the row.
 struct Marks {
-  bool real, live, done, cut;
+  unsigned real, live, done, cut;
 };
 
-__device__ inline bool flag(const Plane<const uint8_t>& plane, int64_t row, int64_t t, bool absent) {
-  return plane.data ? plane.data[row * plane.stride + t] != 0 : absent;
-}
-
-__device__ inline Marks marks(const GaeFlags& flags, int64_t row, int64_t t) {
-  const bool real = flag(flags.mask, row, t, true);
-  const bool done = flag(flags.done, row, t, false);
-  return {real, real || !flags.carry, done, done || flag(flags.truncated, row, t, false)};
-}
-
 template <class T>
-__device__ inline acc_t<T> element(const Plane<const T>& plane, int64_t row, int64_t t) {
-  return load(plane.data[row * plane.stride + t]);
+__device__ inline T* at(const Plane<T>& plane, int64_t row, int64_t t) {
+  return plane.data ? plane.data + row * plane.stride + t : nullptr;
 }
 
-// Scans positions 0 .. count - 1: `make` gives the step of a position, `emit` takes the state after it.
-template <class A, class Make, class Emit>
-__device__ void scan_row(int64_t count, State<A> state, const Make& make, const Emit& emit) {
-  const int64_t tile = int64_t(blockDim.x) * kSteps;
-  for (int64_t base = 0; base < count; base += tile) {
-    const int64_t begin = base + int64_t(threadIdx.x) * kSteps;
-    Step<A> steps[kSteps], mine, total;
+template <class T, bool kAligned>
+__device__ inline Marks read_marks(const GaeFlags& flags, int64_t row, int64_t t, int64_t n) {
+  const auto bits = [&](const Plane<const uint8_t>& plane) {
+    return read_bits<T, kAligned>(at(plane, row, t), n);
+  };
+  Marks is;
+  is.real = bits(flags.mask);
+  is.live = flags.carry ? is.real : bits({});
+  is.done = flags.done.data ? bits(flags.done) : 0;
+  is.cut = is.done | (flags.truncated.data ? bits(flags.truncated) : 0);
+  return is;
+}
+
+__device__ inline bool bit(unsigned bits, int i) {
+  return bits >> i & 1;
+}
+
+// A thread's vector, with 0 where it is not real.
+template <class T, bool kAligned>
+__device__ inline void read_real(const Plane<const T>& plane, int64_t row, int64_t t, int64_t n,
+                                 unsigned real, acc_t<T>* to) {
+  read_vector<T, kAligned>(at(plane, row, t), n, to);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if (begin + i < count) steps[i] = make(begin + i);
-      mine = then(mine, steps[i]);
+  for (int i = 0; i < kVector<T>; ++i) to[i] = bit(real, i) ? to[i] : acc_t<T>(0);
+}
+
+// How many of `most` steps from t on the row has.
+__device__ inline int64_t extent(int64_t t, int64_t steps, int64_t most) {
+  return t < 0 || t >= steps ? 0 : steps - t < most ? steps - t : most;
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kMaxThreads) gae_kernel(GaeForward<T> g) {
+  using A = acc_t<T>;
+  constexpr int k = kVector<T>;
+  const int64_t row = blockIdx.x, vectors = ceil_div(g.steps, k);
+  const A gamma = A(g.gamma), decay = A(g.gamma * g.lam);
+  State<A> state;
+  if (g.last.data) state.p = load(*at(g.last, row, 0));
+  for (int64_t base = 0; base < vectors; base += blockDim.x) {
+    const int64_t t = (vectors - 1 - base - threadIdx.x) * k, n = extent(t, g.steps, k);
+    const Marks is = read_marks<T, kAligned>(g.flags, row, t, n);
+    A delta[k], value[k], follows[k];  // delta without what the value that follows adds
+    read_real<T, kAligned>(g.rewards, row, t, n, is.real, delta);
+    read_real<T, kAligned>(g.values, row, t, n, is.real, value);
+    if (g.next.data) read_real<T, kAligned>(g.next, row, t, n, is.real & ~is.done, follows);
+    Step<A> mine, total;
+#pragma unroll
+    for (int i = k - 1; i >= 0; --i) {
+      delta[i] = g.next.data ? delta[i] + gamma * follows[i] - value[i] : delta[i] - value[i];
+      const A next = g.next.data || bit(is.done, i) ? A(0) : gamma;
+      if (bit(is.live, i)) mine = then(mine, {A(0), value[i], next, bit(is.cut, i) ? A(0) : decay, delta[i]});
     }
     State<A> s = after(exclusive_scan(mine, total), state);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      s = after(steps[i], s);
-      if (begin + i < count) emit(begin + i, s);
+    for (int i = k - 1; i >= 0; --i) {
+      const A next = g.next.data || bit(is.done, i) ? A(0) : gamma * s.p;
+      if (bit(is.live, i)) s = {value[i], delta[i] + next + (bit(is.cut, i) ? A(0) : decay * s.q)};
+      delta[i] = s.q;
+      value[i] += s.q;
     }
+    write_vector<T, kAligned>(delta, n, at(g.advantages, row, t));
+    write_vector<T, kAligned>(value, n, at(g.returns, row, t));
     state = after(total, state);
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads) gae_kernel(GaeForward<T> g) {
-  using A = acc_t<T>;
-  const int64_t row = blockIdx.x;
-  const A gamma = A(g.gamma), decay = A(g.gamma * g.lam);
-  State<A> start;
-  if (g.last.data) start.p = load(g.last.data[row * g.last.stride]);
-  const auto make = [&](int64_t from_end) {
-    const int64_t t = g.steps - 1 - from_end;
-    const Marks is = marks(g.flags, row, t);
-    Step<A> step;
-    if (!is.live) return step;
-    const A reward = is.real ? element(g.rewards, row, t) : A(0);
-    const A value = is.real ? element(g.values, row, t) : A(0);
-    step.f = A(0);
-    step.h = value;
-    step.k = is.done ? A(0) : gamma;
-    step.a = is.cut ? A(0) : decay;
-    step.b = reward - value;
-    if (g.next.data) {
-      const A follows = is.real && !is.done ? element(g.next, row, t) : A(0);
-      step.k = A(0);
-      step.b = reward + gamma * follows - value;
-    }
-    return step;
-  };
-  scan_row(g.steps, start, make, [&](int64_t from_end, const State<A>& s) {
-    const int64_t t = g.steps - 1 - from_end;
-    const A value = flag(g.flags.mask, row, t, true) ? element(g.values, row, t) : A(0);
-    g.advantages.data[row * g.advantages.stride + t] = store<T>(s.q);
-    g.returns.data[row * g.returns.stride + t] = store<T>(s.q + value);
-  });
-}
-
-// Position t holds what the step before makes of the state, so that position `steps` is what follows the
-// last.
-template <class T>
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads) gae_backward_kernel(GaeBackward<T> g) {
   using A = acc_t<T>;
-  const int64_t row = blockIdx.x;
+  constexpr int k = kVector<T>;
+  const int64_t row = blockIdx.x, vectors = ceil_div(g.steps, k);
   const A gamma = A(g.gamma), decay = A(g.gamma * g.lam);
-  const auto make = [&](int64_t t) {
-    Step<A> step;
-    if (t > 0) {
-      const Marks was = marks(g.flags, row, t - 1);
-      if (was.live) {
-        step.f = was.cut ? A(0) : decay;
-        step.k = was.done || g.grad_next.data ? A(0) : gamma;
-        step.a = A(0);
-      }
+  State<A> state;
+  for (int64_t base = 0; base < vectors; base += blockDim.x) {
+    const int64_t t = (base + threadIdx.x) * k, n = extent(t, g.steps, k);
+    const Marks is = read_marks<T, kAligned>(g.flags, row, t, n);
+    A advantage[k], returned[k], follows[k];
+    read_vector<T, kAligned>(at(g.grad_advantages, row, t), n, advantage);
+    read_vector<T, kAligned>(at(g.grad_returns, row, t), n, returned);
+    Step<A> mine, total;
+#pragma unroll
+    for (int i = 0; i < k; ++i) {
+      const A trace = bit(is.cut, i) ? A(0) : decay,
+              next = g.grad_next.data || bit(is.done, i) ? A(0) : gamma;
+      const A x = advantage[i] + returned[i];
+      mine = then(mine, bit(is.live, i) ? Step<A>{trace, trace * x, next, A(0), next * x}
+                                        : Step<A>{A(1), x, A(0), A(1), A(0)});
     }
-    if (t < g.steps) step.h = element(g.grad_advantages, row, t) + element(g.grad_returns, row, t);
-    return step;
-  };
-  scan_row(g.steps + 1, State<A>(), make, [&](int64_t t, const State<A>& s) {
-    if (t == g.steps) {
-      if (g.grad_last.data) g.grad_last.data[row * g.grad_last.stride] = store<T>(s.q);
-      return;
+    State<A> s = after(exclusive_scan(mine, total), state);
+#pragma unroll
+    for (int i = 0; i < k; ++i) {
+      const A a = advantage[i] + returned[i] + s.p, to_value = returned[i] - a + s.q;
+      const A to_next = bit(is.done, i) ? A(0) : gamma * a;
+      advantage[i] = bit(is.real, i) ? a : A(0);
+      returned[i] = bit(is.real, i) ? to_value : A(0);
+      follows[i] = bit(is.real, i) ? to_next : A(0);
+      const A sent = g.grad_next.data ? A(0) : to_next;
+      s = bit(is.live, i) ? State<A>{bit(is.cut, i) ? A(0) : decay * a, sent} : State<A>{a, s.q};
     }
-    const Marks is = marks(g.flags, row, t);
-    const A to_value = element(g.grad_returns, row, t) - s.p + s.q;
-    g.grad_rewards.data[row * g.grad_rewards.stride + t] = store<T>(is.real ? s.p : A(0));
-    g.grad_values.data[row * g.grad_values.stride + t] = store<T>(is.real ? to_value : A(0));
-    if (g.grad_next.data) {
-      const A to_next = is.real && !is.done ? gamma * s.p : A(0);
-      g.grad_next.data[row * g.grad_next.stride + t] = store<T>(to_next);
-    }
-  });
+    write_vector<T, kAligned>(advantage, n, at(g.grad_rewards, row, t));
+    write_vector<T, kAligned>(returned, n, at(g.grad_values, row, t));
+    if (g.grad_next.data) write_vector<T, kAligned>(follows, n, at(g.grad_next, row, t));
+    state = after(total, state);
+  }
+  if (g.grad_last.data && threadIdx.x == 0) *at(g.grad_last, row, 0) = store<T>(state.q);
 }
 
-// Threads of a block: one tile where that suffices.
-int threads(int64_t positions) {
-  const int64_t wanted = ceil_div(ceil_div(positions, kSteps), kWarp) * kWarp;
-  return int(wanted < kMaxThreads ? wanted : kMaxThreads);
+// Whether vectors of this many bytes can be read from every row.
+template <class T>
+bool aligned(const Plane<T>& plane, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(plane.data) % bytes == 0 && plane.stride * sizeof(T) % bytes == 0;
+}
+
+template <class T>
+bool aligned(const GaeFlags& flags) {
+  return aligned(flags.mask, kVector<T>) && aligned(flags.done, kVector<T>) &&
+         aligned(flags.truncated, kVector<T>);
+}
+
+// A block for each row, of as many threads as it has vectors if that suffices.
+template <class T, class Problem>
+void launch_rows(const OnDevice& on, const Problem& g, bool is_aligned, void (*vectors)(Problem),
+                 void (*elements)(Problem)) {
+  const int64_t wanted = ceil_div(g.steps, kVector<T> * kWarp) * kWarp;
+  const int threads = int(wanted < kWarp ? kWarp : wanted < kMaxThreads ? wanted : kMaxThreads);
+  launch(on, is_aligned ? vectors : elements, g.rows, threads, 0, g);
 }
 
 std::tuple<Tensor, Tensor> gae_general(const Tensor& rewards, const Tensor& values,
@@ -185,30 +207,13 @@ std::tuple<Tensor, Tensor> gae_general(const Tensor& rewards, const Tensor& valu
                                        const std::optional<Tensor>& next_value, double gamma, double lam,
                                        bool carry, int64_t) {
   const OnDevice on(rewards);
-  Planes planes(rewards);
-  Tensor advantages = planes.empty(), returns = planes.empty();
-  if (planes.steps() == 0) return {advantages, returns};
-  dispatch_float(planes.dtype(), "gae", [&](auto zero) {
-    using T = decltype(zero);
-    GaeForward<T> g{};
-    g.rewards = planes.matrix<T>(rewards);
-    g.values = planes.matrix<T>(values);
-    if (next_value) {
-      if (next_value->dim() == 2)
-        g.next = planes.matrix<T>(*next_value);
-      else
-        g.last = planes.column<T>(*next_value);
-    }
-    g.flags = planes.flags(mask, done, truncated, carry);
-    g.advantages = written<T>(advantages);
-    g.returns = written<T>(returns);
-    g.rows = planes.rows();
-    g.steps = planes.steps();
-    g.gamma = gamma;
-    g.lam = lam;
-    launch(on, gae_kernel<T>, g.rows, threads(g.steps), 0, g);
-  });
-  return {advantages, returns};
+  return gae_results(rewards, values, mask, done, truncated, next_value, gamma, lam, carry,
+                     [&]<class T>(const GaeForward<T>& g) {
+                       const bool all = aligned(g.rewards, 16) && aligned(g.values, 16) &&
+                                        aligned(g.next, 16) && aligned(g.advantages, 16) &&
+                                        aligned<T>(g.flags);
+                       launch_rows<T>(on, g, all, gae_kernel<T, true>, gae_kernel<T, false>);
+                     });
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& mask,
@@ -222,26 +227,13 @@ std::tuple<Tensor, Tensor, Tensor> gae_backward(const Tensor& grad, const Tensor
                                                 const std::optional<Tensor>& truncated, int64_t next_dims,
                                                 double gamma, double lam, bool carry, int64_t) {
   const OnDevice on(grad);
-  Planes planes(grad);
-  Tensor grad_rewards = planes.empty(), grad_values = planes.empty();
-  const int64_t sizes[2] = {next_dims ? planes.rows() : 0, planes.steps()};
-  Tensor grad_next = empty_as(grad, sizes, next_dims == 2 ? 2 : 1, planes.dtype());
-  dispatch_float(planes.dtype(), "gae_backward", [&](auto zero) {
-    using T = decltype(zero);
-    GaeBackward<T> g{};
-    g.grad_advantages = planes.matrix<T>(grad);
-    g.grad_returns = planes.matrix<T>(grad_returns);
-    g.flags = planes.flags(mask, done, truncated, carry);
-    g.grad_rewards = written<T>(grad_rewards);
-    g.grad_values = written<T>(grad_values);
-    if (next_dims) (next_dims == 2 ? g.grad_next : g.grad_last) = written<T>(grad_next);
-    g.rows = planes.rows();
-    g.steps = planes.steps();
-    g.gamma = gamma;
-    g.lam = lam;
-    launch(on, gae_backward_kernel<T>, g.rows, threads(g.steps + 1), 0, g);
-  });
-  return {grad_rewards, grad_values, grad_next};
+  return gae_gradients(grad, grad_returns, mask, done, truncated, next_dims, gamma, lam, carry,
+                       [&]<class T>(const GaeBackward<T>& g) {
+                         const bool all = aligned(g.grad_advantages, 16) && aligned(g.grad_returns, 16) &&
+                                          aligned(g.grad_rewards, 16) && aligned<T>(g.flags);
+                         launch_rows<T>(on, g, all, gae_backward_kernel<T, true>,
+                                        gae_backward_kernel<T, false>);
+                       });
 }
 
 }  // namespace

@@ -64,10 +64,64 @@ Plane<T> written(const Tensor& out) {
   return {static_cast<T*>(out.data_ptr()), out.dim() == 2 ? out.size(1) : 1};
 }
 
-inline GaeKind kind_of(const GaeFlags& flags, bool next_per_step) {
-  if (flags.done || flags.truncated || next_per_step || (flags.mask && !flags.carry))
-    return GaeKind::kGeneral;
-  return flags.mask ? GaeKind::kMasked : GaeKind::kPlain;
+// Allocates the results, and has `compute` fill them.
+template <class Compute>
+std::tuple<Tensor, Tensor> gae_results(const Tensor& rewards, const Tensor& values,
+                                       const std::optional<Tensor>& mask, const std::optional<Tensor>& done,
+                                       const std::optional<Tensor>& truncated,
+                                       const std::optional<Tensor>& next_value, double gamma, double lam,
+                                       bool carry, const Compute& compute) {
+  Planes planes(rewards);
+  Tensor advantages = planes.empty(), returns = planes.empty();
+  dispatch_float(planes.dtype(), "gae", [&](auto zero) {
+    using T = decltype(zero);
+    GaeForward<T> g{};
+    g.rewards = planes.matrix<T>(rewards);
+    g.values = planes.matrix<T>(values);
+    if (next_value && next_value->dim() == 2)
+      g.next = planes.matrix<T>(*next_value);
+    else if (next_value)
+      g.last = planes.column<T>(*next_value);
+    g.flags = planes.flags(mask, done, truncated, carry);
+    g.advantages = written<T>(advantages);
+    g.returns = written<T>(returns);
+    g.rows = planes.rows();
+    g.steps = planes.steps();
+    g.gamma = gamma;
+    g.lam = lam;
+    compute(g);
+  });
+  return {advantages, returns};
+}
+
+// The third result has next_value's shape, of `next_dims` dimensions; empty for 0.
+template <class Compute>
+std::tuple<Tensor, Tensor, Tensor> gae_gradients(const Tensor& grad, const Tensor& grad_returns,
+                                                 const std::optional<Tensor>& mask,
+                                                 const std::optional<Tensor>& done,
+                                                 const std::optional<Tensor>& truncated, int64_t next_dims,
+                                                 double gamma, double lam, bool carry,
+                                                 const Compute& compute) {
+  Planes planes(grad);
+  const int64_t sizes[2] = {next_dims ? planes.rows() : 0, planes.steps()};
+  Tensor grad_rewards = planes.empty(), grad_values = planes.empty();
+  Tensor grad_next = empty_as(grad, sizes, next_dims == 2 ? 2 : 1, planes.dtype());
+  dispatch_float(planes.dtype(), "gae_backward", [&](auto zero) {
+    using T = decltype(zero);
+    GaeBackward<T> g{};
+    g.grad_advantages = planes.matrix<T>(grad);
+    g.grad_returns = planes.matrix<T>(grad_returns);
+    g.flags = planes.flags(mask, done, truncated, carry);
+    g.grad_rewards = written<T>(grad_rewards);
+    g.grad_values = written<T>(grad_values);
+    if (next_dims) (next_dims == 2 ? g.grad_next : g.grad_last) = written<T>(grad_next);
+    g.rows = planes.rows();
+    g.steps = planes.steps();
+    g.gamma = gamma;
+    g.lam = lam;
+    compute(g);
+  });
+  return {grad_rewards, grad_values, grad_next};
 }
 
 }  // namespace rk
