@@ -1,4 +1,4 @@
-"""What the engine and the tests need to know of gae."""
+"""What the engine and the tests need to know of gae; token_spec.py holds token_advantages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlhf_kernels.engine.spec import (
     itemsize,
     randn,
 )
-from rlhf_kernels.ops.advantage import gae, kernel_torch, reference
+from rlhf_kernels.ops.advantage import gae, kernel_torch, reference, token_spec
 
 ALL_DTYPES = (*FLOAT_DTYPES, torch.float64)
 
@@ -200,4 +200,5 @@ SPECS = (
         ),
         knobs=(Knob("grain", "native", (32768, 8192, 131072)),),
     ),
+    token_spec.SPEC,
 )
