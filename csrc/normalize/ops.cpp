@@ -176,7 +176,7 @@ Tensor masked_normalize_backward(const Tensor& grad, const Tensor& x, const std:
           T values[kBlock], grads[kBlock];
           uint8_t bytes[kBlock];
           kernel(dy.read(begin, n, grads), problem.x.read(begin, n, values),
-                 problem.read_mask(begin, n, bytes), to + begin, n, options.zero_masked, map);
+                 problem.read_mask(begin, n, bytes), to + begin, n, !options.zero_masked, map);
         });
       });
     });

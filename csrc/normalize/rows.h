@@ -4,6 +4,15 @@
 // Partial sums kept side by side: four vector registers hide the latency of the adder.
 constexpr int kSums = 4 * kLanes;
 
+// x where true, else 0: also for NaN and inf. Bits instead of a choice, which GCC would turn into a branch
+// around the loads.
+inline float only(bool condition, float x) {
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, x) & (0u - uint32_t(condition)));
+}
+inline double only(bool condition, double x) {
+  return __builtin_bit_cast(double, __builtin_bit_cast(uint64_t, x) & (uint64_t(0) - uint64_t(condition)));
+}
+
 template <class A>
 inline double total(const A* sums) {
   double part[8] = {};
@@ -46,7 +55,7 @@ Moments block_moments(const T* x, const uint8_t* mask, int64_t n, int64_t count)
       squares[l] += d * d;
     }
   for (int64_t i = whole; i < n; ++i) {
-    const A d = !kMasked || mask[i] ? load(x[i]) - mean : A(0);
+    const A d = only(!kMasked || mask[i], load(x[i]) - mean);
     sums[i - whole] += d;
     squares[i - whole] += d * d;
   }
@@ -67,55 +76,66 @@ void normalize_block(const T* x, const uint8_t* mask, T* out, int64_t n, const F
   const ForwardMap<acc_t<T>> map = given;
   if (mask) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const acc_t<T> value = map(load(x[i]));
-      out[i] = store<T>(mask[i] ? value : acc_t<T>(0));
-    }
+    for (int64_t i = 0; i < n; ++i) out[i] = store<T>(only(mask[i], map(load(x[i]))));
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = store<T>(map(load(x[i])));
   }
 }
 
-// Sums over the slots whose outputs depend on the moments: the real ones and, where `all_finite`, masked ones
-// that hold a finite value.
-template <class T>
-GradientSums normalize_gradient_sums(const T* grad, const T* x, const uint8_t* mask, int64_t n,
-                                     bool all_finite, const Center<acc_t<T>>& given) {
+// Whether a slot's output depends on the moments: a real one, or a masked one that is kept and finite.
+template <bool kMasked, class A>
+inline bool depends(uint8_t real, bool kept, A x) {
+  return !kMasked | (real != 0) | (kept & (x - x == A(0)));
+}
+
+template <class T, bool kMasked>
+GradientSums gradient_sums(const T* grad, const T* x, const uint8_t* mask, int64_t n, bool kept,
+                           const Center<acc_t<T>>& given) {
   using A = acc_t<T>;
   const Center<A> center = given;
   A sums[kSums] = {}, along[kSums] = {};
-  const auto add = [&](int64_t i, int l) {
-    const A value = load(x[i]), g = load(grad[i]);
-    const bool finite = value - value == A(0);
-    const bool counts = !mask || mask[i] || (all_finite && finite);
-    sums[l] += counts ? g : A(0);
-    along[l] += counts ? g * center(value) : A(0);
-  };
   const int64_t whole = n - n % kSums;
   for (int64_t i = 0; i < whole; i += kSums)
 #pragma omp simd
-    for (int l = 0; l < kSums; ++l) add(i + l, l);
-  for (int64_t i = whole; i < n; ++i) add(i, int(i - whole));
+    for (int l = 0; l < kSums; ++l) {
+      const A value = load(x[i + l]), g = load(grad[i + l]);
+      const bool counts = depends<kMasked>(kMasked ? mask[i + l] : 1, kept, value);
+      sums[l] += only(counts, g);
+      along[l] += only(counts, g * center(value));
+    }
+  for (int64_t i = whole; i < n; ++i) {
+    const A value = load(x[i]), g = load(grad[i]);
+    const bool counts = depends<kMasked>(kMasked ? mask[i] : 1, kept, value);
+    sums[i - whole] += only(counts, g);
+    along[i - whole] += only(counts, g * center(value));
+  }
   return {total(sums), total(along)};
 }
 
-// Masked slots get their own gradient alone, or 0 where `zero_masked`.
 template <class T>
-void normalize_gradient_block(const T* grad, const T* x, const uint8_t* mask, T* out, int64_t n,
-                              bool zero_masked, const BackwardMap<acc_t<T>>& given) {
+GradientSums normalize_gradient_sums(const T* grad, const T* x, const uint8_t* mask, int64_t n, bool kept,
+                                     const Center<acc_t<T>>& center) {
+  return mask ? gradient_sums<T, true>(grad, x, mask, n, kept, center)
+              : gradient_sums<T, false>(grad, x, mask, n, kept, center);
+}
+
+// Masked slots get their own gradient alone, or 0 where they are not kept.
+template <class T>
+void normalize_gradient_block(const T* grad, const T* x, const uint8_t* mask, T* out, int64_t n, bool kept,
+                              const BackwardMap<acc_t<T>>& given) {
   using A = acc_t<T>;
   const BackwardMap<A> map = given;
-  const auto each = [&](int64_t i, bool real) {
-    const A g = load(grad[i]);
-    const A value = map.real(g, load(x[i]));
-    out[i] = store<T>(real ? value : zero_masked ? A(0) : map.masked(g));
-  };
   if (mask) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) each(i, mask[i] != 0);
+    for (int64_t i = 0; i < n; ++i) {
+      const A g = load(grad[i]);
+      const bool real = mask[i] != 0;
+      // One of the two is 0.
+      out[i] = store<T>(only(real, map.real(g, load(x[i]))) + only(kept & !real, map.masked(g)));
+    }
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) each(i, true);
+    for (int64_t i = 0; i < n; ++i) out[i] = store<T>(map.real(load(grad[i]), load(x[i])));
   }
 }
