@@ -247,12 +247,22 @@ def deviation(got: Tensor, want: Tensor, yard: Tensor, floor: float) -> tuple[fl
     for g, w, y in zip(*(t.reshape(-1).split(_CHUNK) for t in (got, want, yard))):
         if g.numel() == 0:
             continue
-        overflowed = ~torch.isfinite(y)
-        excused = overflowed & ((g == y) | (g.isnan() & y.isnan()))
-        error = max(error, _distance(g.double(), w).masked_fill(excused, 0.0).max().item())
-        yard_error = max(yard_error, _distance(y.double(), w).masked_fill(overflowed, 0.0).max().item())
-        largest = max(largest, w.abs().masked_fill(~torch.isfinite(w), 0.0).max().item())
+        found = [(g.double() - w).abs_().max(), (y.double() - w).abs_().max(), w.abs().max()]
+        if not torch.stack(found).isfinite().all():
+            found = _with_exceptions(g, w, y)
+        error, yard_error, largest = map(max, (error, yard_error, largest), (t.item() for t in found))
     return error, 2 * yard_error + floor * torch.finfo(got.dtype).eps * largest
+
+
+def _with_exceptions(got: Tensor, want: Tensor, yard: Tensor) -> list[Tensor]:
+    """Largest error of `got`, of `yard` and largest value, where some are infinite or NaN."""
+    overflowed = ~torch.isfinite(yard)
+    excused = overflowed & ((got == yard) | (got.isnan() & yard.isnan()))
+    return [
+        _distance(got.double(), want).masked_fill(excused, 0.0).max(),
+        _distance(yard.double(), want).masked_fill(overflowed, 0.0).max(),
+        want.abs().masked_fill(~torch.isfinite(want), 0.0).max(),
+    ]
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
