@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,7 @@ def test_environment_switch():
     assert "RLHF_KERNELS_BACKEND: unknown backend 'cudnn'" in error
 
 
+ROOT = Path(__file__).parents[2]
 CALL = "import torch, rlhf_kernels as rk\nrk.swiglu(torch.ones(2, 4))\nrk.swiglu(torch.ones(2, 4))\n"
 
 
@@ -132,3 +134,8 @@ def test_fallback_warning_is_a_user_warning():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning):
             dispatch.OPS["swiglu"]._fell_back("torch", "cpu", f"a test at {time.time()}")
+
+
+def test_readme_lists_every_kernel():
+    done = subprocess.run([sys.executable, "tools/kernel_table.py", "--check"], cwd=ROOT, timeout=120)
+    assert done.returncode == 0, "the README's table is out of date: run python tools/kernel_table.py"

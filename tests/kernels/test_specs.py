@@ -1,4 +1,4 @@
-"""What must hold for every op, looped over the specs: right on every backend, well-behaved in torch.library."""
+"""What must hold for every op, looped over the specs: right on every backend, sound in torch.library."""
 
 import pytest
 import torch
