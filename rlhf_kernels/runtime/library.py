@@ -125,8 +125,6 @@ class Operator:
             return self.function.apply(*args)
         return kernel.forward(*args)
 
-    __call__ = call
-
 
 def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))

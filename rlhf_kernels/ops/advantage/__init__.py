@@ -62,7 +62,7 @@ _gae = Operator(
     gradients=_gradients,
     replay=_replay,
     wrt=(0, 1, 5),
-)
+).call
 
 
 def gae(

@@ -52,7 +52,7 @@ _token_advantages = Operator(
     gradients=_gradients,
     replay=lambda grad, grad_returns, *inputs: (inputs, (grad, grad_returns)),
     wrt=(0, 1, 2),
-)
+).call
 
 
 def _normalization(normalize: bool | str) -> dict[str, Any]:

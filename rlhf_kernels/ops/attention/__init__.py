@@ -59,7 +59,7 @@ _attention = Operator(
     replay=_replay,
     wrt=(0, 1, 2),
     shape_class=lambda q, *_: q.shape[-1],
-)
+).call
 
 
 def attention(

@@ -44,7 +44,7 @@ _logprob = Operator(
         (logits, target, temperature),
         (grad_logprob, grad_entropy),
     ),
-)
+).call
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -89,7 +89,7 @@ _linear_logprob = Operator(
     ),
     wrt=(0, 1, 2),
     wanted=lambda *given: given[-1],
-)
+).call
 
 
 def logprob(logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

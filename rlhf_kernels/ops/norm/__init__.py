@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def _replay(
     return (rows, weight, bias, nothing, *options), (grad, grad_summed)
 
 
-def _operator(name: str) -> Operator:
+def _operator(name: str) -> Callable[..., Any]:
     """Both functions are one kernel; `center` tells them apart."""
     return Operator(
         Op(name, __name__, {"cpu": ("torch",), "cuda": ("torch",)}),
@@ -64,7 +65,7 @@ def _operator(name: str) -> Operator:
         gradients=_gradients,
         replay=_replay,
         wrt=(0, 1, 2),
-    )
+    ).call
 
 
 _layer_norm = _operator("layer_norm")

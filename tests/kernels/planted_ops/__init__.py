@@ -8,10 +8,10 @@ from rlhf_kernels.runtime.library import Operator
 _ORDER = {"cpu": ("native", "torch")}
 _SCHEMA = "(Tensor x) -> Tensor"
 
-_double = Operator(Op("planted_double", __name__, _ORDER), _SCHEMA, torch.empty_like)
+_double = Operator(Op("planted_double", __name__, _ORDER), _SCHEMA, torch.empty_like).call
 _wrong = Operator(
     Op("planted_wrong", __name__, _ORDER, {"native": "kernel_wrong"}), _SCHEMA, torch.empty_like
-)
+).call
 
 
 def planted_double(x):
