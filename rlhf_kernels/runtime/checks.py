@@ -15,11 +15,13 @@ FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float6
 def floating(op: str, name: str, x: Any) -> None:
     """TypeError unless x is a tensor of a floating-point dtype."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}(): {name} must be a tensor, got {type(x).__name__}. Wrap it with torch.as_tensor.")
+        raise TypeError(
+            f"{op}(): {name} must be a tensor, got {type(x).__name__}. Wrap it with torch.as_tensor."
+        )
     if x.dtype not in FLOATING:
         raise TypeError(
-            f"{op}(): {name} must be float32, bfloat16, float16 or float64, got {_dtype(x)} {tuple(x.shape)}. "
-            f"Cast with {name}.float()."
+            f"{op}(): {name} must be float32, bfloat16, float16 or float64, got {_dtype(x)} "
+            f"{tuple(x.shape)}. Cast with {name}.float()."
         )
 
 
@@ -100,7 +102,8 @@ def number(op: str, name: str, value: Any) -> None:
     """TypeError unless value is a Python number."""
     if not isinstance(value, _NUMBERS):
         raise TypeError(
-            f"{op}(): {name} must be a Python number, got {type(value).__name__}. A tensor gives one by .item()."
+            f"{op}(): {name} must be a Python number, got {type(value).__name__}. "
+            "A tensor gives one by .item()."
         )
 
 
