@@ -26,6 +26,15 @@ from rlhf_kernels.runtime.dispatch import BACKENDS, OPS, BackendError, explain, 
 from rlhf_kernels.runtime.files import cache_directory
 from rlhf_kernels.stacks import STACKS, peers
 
+# Packages, and what to do where one is not installed.
+_PACKAGES = {
+    "rlhf-kernels": "runs from its sources",
+    "torch": "pip install torch",
+    "triton": "pip install 'rlhf-kernels[triton]'",
+    "numpy": "pip install 'rlhf-kernels[triton]'; the interpreter and _host need it",
+    "rich": "tables are plain; pip install 'rlhf-kernels[cli]'",
+}
+
 
 @dataclass
 class Finding:
@@ -56,9 +65,8 @@ def _machine() -> Iterator[Finding]:
     yield Finding("machine", "processor", "ok", processor)
     yield _finding("machine", "GPU", _gpus(), _no_gpu())
     yield Finding("machine", "python", "ok", f"{platform.python_version()} ({sys.executable})")
-    for name in ("rlhf-kernels", "torch", "triton", "numpy", "rich"):
-        version = _version(name)
-        yield _finding("machine", name, version, "not installed")
+    for name, remedy in _PACKAGES.items():
+        yield _finding("machine", name, _version(name), f"not installed: {remedy}")
     if (busy := conditions.running()) > 0.5:
         note = f"{busy:.1f} processes were running in the last minute: timings will be noisy"
         yield Finding("machine", "load", "warning", note)
