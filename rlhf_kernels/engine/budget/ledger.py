@@ -61,13 +61,14 @@ class Ledger:
         return cls(path, content["tools"], content["budgets"])
 
     def save(self) -> None:
-        """Writes the file, sorted, one budget a line."""
+        """Writes the file, sorted, one budget a line; a room without budgets has none."""
+        if not self.budgets:
+            return self.path.unlink(missing_ok=True)
         lines = [
             f"  {json.dumps(key)}: {json.dumps(self.budgets[key], sort_keys=True)}"
             for key in sorted(self.budgets)
         ]
         joined, tools = ",\n".join(lines), json.dumps(self.tools, sort_keys=True)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_aside(self.path, f'{{\n "tools": {tools},\n "budgets": {{\n{joined}\n }}\n}}\n')
 
     def update(
