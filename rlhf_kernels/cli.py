@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # `timeout` ends a command as Ctrl-C does: what was measured so far is kept.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args = _parser().parse_args(_known_command(argv))
         args.line = shlex.join(["rlhf-kernels", *argv])
@@ -58,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # a reader such as `head` has left: nothing more to say
         return commands.OK
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _known_command(argv: list[str]) -> list[str]:

@@ -80,19 +80,15 @@ def check(rows: Sequence[Row], verbose: bool) -> None:
 
 def bench(rows: Sequence[Row], specs: Mapping[str, OpSpec]) -> None:
     """A table an op: implementations of one case and direction below one another, and what they lack."""
-    baseline = _baseline(rows)
+    names = (
+        "implementation", ">time", ">+-", f">vs {_baseline(rows)}", ">GB/s", ">of roof", ">memory", ">error",
+    )  # fmt: skip
     for op, found in itertools.groupby(rows, lambda row: row.op):
-        lines, last = [], None
-        for row in found:
-            if row.status == "unavailable":
-                continue
-            where = (row.case, row.dtype, _SHORT[row.direction])
-            lines.append([*(("", "", "") if where == last else where), *_timing(row)])
-            last = where
-        names = (
-            "case", "dtype", "dir", "implementation", ">time", ">+-", f">vs {baseline}", ">GB/s", ">of roof",
-            ">memory", ">error",
-        )  # fmt: skip
+        lines: list[list[str]] = []
+        timed = (row for row in found if row.status != "unavailable")
+        for where, group in itertools.groupby(timed, lambda row: (row.case, row.dtype, row.direction)):
+            lines.append([" ".join((*where[:2], _SHORT[where[2]])), *[""] * (len(names) - 1)])
+            lines += [_timing(row) for row in group]
         print_table(names, lines, f"{op}: {specs[op].summary}")
     failed = [row for row in rows if row.status in ("incorrect", "error")]
     print_notes([
@@ -107,7 +103,7 @@ def _baseline(rows: Sequence[Row]) -> str:
 
 
 def _timing(row: Row) -> list[str]:
-    name = f"{row.impl} {row.version}" if row.version else row.impl
+    name = f"  {row.impl} {row.version or ''}".rstrip()
     if row.median_us is None:
         return [name, row.status, "", "", "", "", "", figure(row.error, "{:.1e}")]
     low, high = row.ci_us

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 try:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table as RichTable
 except ImportError:
     Console = None
@@ -31,7 +32,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     right = [name.startswith(">") for name in columns]
     names = [name.removeprefix(">") for name in columns]
     if Console and sys.stdout.isatty():
-        table = RichTable(title=title or None, title_justify="left", header_style="bold", title_style="bold")
+        table = RichTable(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
         for name, to_right in zip(names, right):
             table.add_column(name, justify="right" if to_right else "left", overflow="fold")
         for row in rows:
@@ -76,7 +77,7 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
     if quiet:
         yield lambda done, total, what: None
     elif Console and sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("")
 

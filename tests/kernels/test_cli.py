@@ -220,6 +220,29 @@ def test_interrupted_check_keeps_what_it_has(run, monkeypatch, tmp_path):
     assert len(store.read(tmp_path / "a.jsonl")[0][0].rows) == 3
 
 
+@needs_native
+def test_a_time_limit_keeps_what_was_measured(known_roofs, tmp_path):
+    words = [
+        "bench",
+        *PLANTED,
+        "--tier",
+        "smoke",
+        "--seconds",
+        "60",
+        "--precision",
+        "1e-9",
+        "--impl",
+        "native",
+    ]
+    command = [sys.executable, "-m", "rlhf_kernels", *words, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr.readline().startswith("[1/2]")  # the worker has begun
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not json.loads(out)["complete"]
+
+
 def test_without_rich_there_are_still_tables(run, monkeypatch):
     monkeypatch.setattr(table, "Console", None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
