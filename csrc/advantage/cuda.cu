@@ -216,8 +216,8 @@ std::tuple<Tensor, Tensor> gae_general(const Tensor& rewards, const Tensor& valu
                      });
 }
 
-std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& mask,
-                               double gamma, double lam, int64_t grain) {
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, double gamma, double lam,
+                               const std::optional<Tensor>& mask, int64_t grain) {
   return gae_general(rewards, values, mask, {}, {}, {}, gamma, lam, true, grain);
 }
 

@@ -32,9 +32,9 @@ std::tuple<Tensor, Tensor> gae_general(const Tensor& rewards, const Tensor& valu
                      });
 }
 
-// The common case apart: five arguments less save 0.7 us a call.
-std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& mask,
-                               double gamma, double lam, int64_t grain) {
+// The common case apart: arguments that are left out save 0.7 us a call.
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, double gamma, double lam,
+                               const std::optional<Tensor>& mask, int64_t grain) {
   return gae_general(rewards, values, mask, {}, {}, {}, gamma, lam, true, grain);
 }
 
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> gae_backward(const Tensor& grad, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rlhf_kernels_native, m) {
   m.def(
-      "gae(Tensor rewards, Tensor values, Tensor? mask, float gamma, float lam, int grain=32768)"
+      "gae(Tensor rewards, Tensor values, float gamma, float lam, Tensor? mask=None, int grain=32768)"
       " -> (Tensor, Tensor)");
   m.def(
       "gae_general(Tensor rewards, Tensor values, Tensor? mask, Tensor? done, Tensor? truncated,"

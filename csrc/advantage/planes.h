@@ -10,9 +10,10 @@ namespace rk {
 class Planes {
  public:
   explicit Planes(const Tensor& like) : like_(like), dtype_(like.scalar_type()) {
-    STD_TORCH_CHECK(like.dim() == 2, "gae: expected [batch, time], got ", like.dim(), " dimensions");
-    sizes_[0] = like.size(0);
-    sizes_[1] = like.size(1);
+    const Shape shape(like);
+    STD_TORCH_CHECK(shape.dim == 2, "gae: expected [batch, time], got ", shape.dim, " dimensions");
+    sizes_[0] = shape.sizes[0];
+    sizes_[1] = shape.sizes[1];
   }
 
   int64_t rows() const { return sizes_[0]; }
@@ -46,9 +47,11 @@ class Planes {
 
   template <class T>
   Plane<const T> plane(const Tensor& t, ScalarType dtype) {
-    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows() && t.size(1) == steps() && t.scalar_type() == dtype,
-                    "gae: a tensor does not fit rewards");
-    if (steps() <= 1 || t.stride(1) == 1) return {static_cast<const T*>(t.data_ptr()), t.stride(0)};
+    const Shape shape(t);
+    STD_TORCH_CHECK(
+        shape.dim == 2 && shape.sizes[0] == rows() && shape.sizes[1] == steps() && t.scalar_type() == dtype,
+        "gae: a tensor does not fit rewards");
+    if (steps() <= 1 || shape.strides[1] == 1) return {static_cast<const T*>(t.data_ptr()), shape.strides[0]};
     copies_.push_back(torch::stable::contiguous(t));
     return {static_cast<const T*>(copies_.back().data_ptr()), steps()};
   }

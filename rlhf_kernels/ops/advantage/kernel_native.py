@@ -6,8 +6,6 @@ from torch import Tensor
 
 from rlhf_kernels.runtime.native import operator
 
-GRAIN = 32768
-
 _gae = operator("gae")
 _general = operator("gae_general")
 backward = operator("gae_backward")
@@ -23,9 +21,17 @@ def forward(
     gamma: float,
     lam: float,
     carry: bool,
-    grain: int = GRAIN,
+    grain: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns; `grain` elements are worth a thread of their own."""
-    if carry and done is None and truncated is None and next_value is None:
-        return _gae(rewards, values, mask, gamma, lam, grain)
-    return _general(rewards, values, mask, done, truncated, next_value, gamma, lam, carry, grain)
+    """Advantages and returns; `grain` elements are worth a thread of their own.
+
+    What is at its default is left out: the dispatcher spends 0.2 us on reading each argument.
+    """
+    if done is None and truncated is None and next_value is None and (carry or mask is None):
+        if grain is not None:
+            return _gae(rewards, values, gamma, lam, mask, grain)
+        return (
+            _gae(rewards, values, gamma, lam, mask) if mask is not None else _gae(rewards, values, gamma, lam)
+        )
+    given = (rewards, values, mask, done, truncated, next_value, gamma, lam, carry)
+    return _general(*given) if grain is None else _general(*given, grain)
