@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from rlhf_kernels.engine.check import check_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels
+from rlhf_kernels.engine.check import check_case
 from rlhf_kernels.engine.spec import as_outputs, load_specs
 
 SPECS = load_specs()
