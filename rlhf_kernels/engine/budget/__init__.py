@@ -19,6 +19,7 @@ from typing import Any
 from rlhf_kernels.engine.budget import callgrind, cuda, triton_kernels
 from rlhf_kernels.engine.budget.ledger import DIRECTORY, Ledger, excess, note_in_changelog
 from rlhf_kernels.engine.budget.measured import CSRC, ROOT, Measured
+from rlhf_kernels.engine.select import known, select_ops
 from rlhf_kernels.engine.spec import TARGETS as GPU_TARGETS
 from rlhf_kernels.engine.spec import OpSpec, load_specs
 
@@ -58,8 +59,9 @@ def run(
         ValueError: an unknown op, target or kind; `update` would loosen and no reason is given.
     """
     specs = load_specs(package)
-    chosen = [specs[name] for name in _known("op", ops, specs)]
-    targets, kinds = _known("target", targets, TARGETS), _known("kind", kinds, KINDS)
+    chosen = select_ops(specs, ops)
+    targets = known("target", targets, TARGETS) or list(TARGETS)
+    kinds = known("kind", kinds, KINDS) or list(KINDS)
     if update and not CSRC.is_dir():
         raise ValueError("budgets are updated in a checkout of the sources, and this is an installed package")
     tools = {kind: KINDS[kind].tool() for kind in kinds if KINDS[kind].missing() is None}
@@ -97,14 +99,6 @@ def exit_code(rows: Iterable[dict[str, Any]]) -> int:
     """0 within budget, 1 over it, 2 where a kernel does not compile. What is unavailable was not judged."""
     statuses = {row["status"] for row in rows}
     return 2 if "error" in statuses else 1 if "incorrect" in statuses else 0
-
-
-def _known(what: str, given: Sequence[str], known: Iterable[str]) -> list[str]:
-    names = list(known)
-    for name in given:
-        if name not in names:
-            raise ValueError(f"unknown {what} {name!r}: expected one of {', '.join(names)}")
-    return list(given) or names
 
 
 def _measure(kind: str, specs: list[OpSpec], targets: list[str], package: str) -> list[Measured]:
