@@ -14,9 +14,9 @@ import torch
 from rlhf_kernels.engine import campaign, select, show, store, table, tune
 from rlhf_kernels.engine import doctor as examination
 from rlhf_kernels.engine.clock import Limits
-from rlhf_kernels.engine.conditions import running
+from rlhf_kernels.engine.conditions import WorkerError, running
 from rlhf_kernels.engine.fingerprint import fingerprint
-from rlhf_kernels.engine.implementations import COMPILED, names
+from rlhf_kernels.engine.implementations import names
 from rlhf_kernels.engine.row import Row, dtype_name
 from rlhf_kernels.engine.select import UsageError
 from rlhf_kernels.engine.spec import Case, OpSpec, load_specs
@@ -114,14 +114,14 @@ def check(args: argparse.Namespace) -> int:
     chosen = select.measurements(specs, args.case, args.dtype, tiers)
     run = store.Run(args.line, fingerprint(device))
     place = campaign.Place(device, package=args.specs)
-    with table.progress(args.quiet) as tell, _keeping(run):
+    with table.progress(args.quiet) as tell, _Keeping(run) as kept:
         run.rows.extend(campaign.check(chosen, backends, place, tell))
     _write(args, run)
     if args.json:
         _print_json(run.to_json())
     else:
         show.check(run.rows, args.verbose)
-    return _code(run, BACKENDS)
+    return kept.code or _code(run.rows)
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -143,7 +143,7 @@ def bench(args: argparse.Namespace) -> int:
         raise UsageError("awkward cases are checked, not timed: rlhf-kernels check")
     run = store.Run(args.line, fingerprint(place.device, place.threads))
     rows: dict[tuple[str, ...], list[Row]] = {}
-    with table.progress(args.quiet) as tell, _keeping(run):
+    with table.progress(args.quiet) as tell, _Keeping(run) as kept:
         campaign.bench(chosen, wanted, place, tell, args.processes, baseline, rows)
     run.rows = campaign.gather(rows)
     _write(args, run)
@@ -152,7 +152,7 @@ def bench(args: argparse.Namespace) -> int:
     else:
         show.bench(run.rows, load_specs(args.specs))
         table.print_notes([*show.how_timed(run.rows), *_noise(place), f"Again: {args.line}"])
-    return _code(run, (*BACKENDS, COMPILED))
+    return kept.code or _code(run.rows)
 
 
 def _noise(place: campaign.Place) -> list[str]:
@@ -179,7 +179,7 @@ def tune_ops(args: argparse.Namespace) -> int:
     chosen = select.measurements(able, args.case, args.dtype, tiers, _first_dtype(place.device))
     outcomes: list[tune.Outcome] = []
     path, run = None, store.Run(args.line, fingerprint(place.device, place.threads))
-    with table.progress(args.quiet) as tell, _keeping(run):
+    with table.progress(args.quiet) as tell, _Keeping(run) as kept:
         for outcome in campaign.tune(chosen, backends, place, tell):
             outcomes.append(outcome)
             if outcome.timings_us:
@@ -191,9 +191,7 @@ def tune_ops(args: argparse.Namespace) -> int:
     else:
         show.tune(outcomes)
         table.print_notes([f"Stored in {path}. Again: {args.line}"] if path else ["Nothing was stored."])
-    if not run.complete:
-        return INTERRUPTED
-    return INCORRECT if any(one.refused for one in outcomes) else OK
+    return kept.code or (INCORRECT if any(one.refused for one in outcomes) else OK)
 
 
 def budget(args: argparse.Namespace) -> int:
@@ -215,26 +213,26 @@ def budget(args: argparse.Namespace) -> int:
     return guards.exit_code(rows)
 
 
-class _keeping:
-    """Ends a measurement on Ctrl-C and keeps what there is; the run is marked as incomplete."""
+class _Keeping:
+    """Ends a measurement where it is interrupted or its process dies, and keeps what there is."""
 
     def __init__(self, run: store.Run) -> None:
         self.run = run
+        self.code = OK
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> _Keeping:
+        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        if kind is not KeyboardInterrupt:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        if kind not in (KeyboardInterrupt, WorkerError):
             return False
         self.run.complete = False
-        table.complain("interrupted: what follows is what was measured so far")
+        self.code = INTERRUPTED if kind is KeyboardInterrupt else SOFTWARE
+        table.complain(f"{error or 'interrupted'}: what follows is what was measured so far")
         return True
 
 
-def _code(run: store.Run, ours: Iterable[str]) -> int:
-    """The exit code of rows; a peer that is incorrect is not our failure."""
-    if not run.complete:
-        return INTERRUPTED
-    own = set(ours)
-    return INCORRECT if any(r.status in ("incorrect", "error") and r.impl in own for r in run.rows) else OK
+def _code(rows: Iterable[Row]) -> int:
+    """The exit code of rows; what is wrong with a peer or with torch.compile is not our failure."""
+    wrong = any(row.status in ("incorrect", "error") and row.impl in BACKENDS for row in rows)
+    return INCORRECT if wrong else OK

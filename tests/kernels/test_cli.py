@@ -10,6 +10,8 @@ import torch
 
 from rlhf_kernels import cli
 from rlhf_kernels.engine import campaign, commands, roofs, store, table
+from rlhf_kernels.engine.conditions import WorkerError
+from rlhf_kernels.engine.row import Row
 from rlhf_kernels.runtime import dispatch, native, tuned
 
 SWIGLU = ["--specs", "rlhf_kernels.ops.swiglu.spec"]
@@ -218,6 +220,19 @@ def test_interrupted_check_keeps_what_it_has(run, monkeypatch, tmp_path):
     assert "interrupted" in err
     assert not json.loads(out)["complete"]
     assert len(store.read(tmp_path / "a.jsonl")[0][0].rows) == 3
+
+
+def test_a_dying_process_keeps_what_was_measured(run, monkeypatch):
+    def one_row(measurements, wanted, place, tell, processes, baseline, rows):
+        row = Row("planted_double", "torch", "small", "float32", "forward", "cpu", status="unavailable")
+        rows[row.key] = [row]
+        raise WorkerError("the measuring process ended with -11")
+
+    monkeypatch.setattr(campaign, "bench", one_row)
+    code, out, err = run("bench", "planted_double", *PLANTED, "--json")
+    assert code == 70
+    assert "the measuring process ended with -11: what follows" in err
+    assert len(json.loads(out)["rows"]) == 1
 
 
 @needs_native
