@@ -242,3 +242,16 @@ def test_tables_are_pairs():
     assert isinstance(plain, RotaryTables)
     assert plain.query is plain.key
     assert not scaled.query.cos.equal(scaled.key.cos)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "dynamo"])
+def test_export_sees_the_operator(strict):
+    """Traced without Dynamo too, where only the fake tensors and modes tell that something compiles."""
+
+    class Turn(torch.nn.Module):
+        def forward(self, x):
+            return rotary(x, GOOD)
+
+    program = torch.export.export(Turn(), (X,), strict=strict)
+    assert torch.ops.rlhf_kernels.rotary.default in [node.target for node in program.graph.nodes]
+    assert program.module()(X).equal(rotary(X, GOOD))
