@@ -1,19 +1,9 @@
 // What the row kernels of the advantage room take, for CPU and CUDA. Torch-free.
 #pragma once
 
-#include <cstdint>
+#include "common/plane.h"
 
 namespace rk {
-
-// A [B, T] tensor whose rows are contiguous; null where it is absent.
-template <class T>
-struct Plane {
-  T* data = nullptr;
-  int64_t stride = 0;
-
-  T* row(int64_t r) const { return data + r * stride; }
-  explicit operator bool() const { return data != nullptr; }
-};
 
 // A mask, and which steps end an episode. `carry`: state passes over masked steps; else they count as 0.
 struct GaeFlags {

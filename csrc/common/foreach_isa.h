@@ -1,7 +1,8 @@
 // Compiles the row kernels named by RK_ROWS once per instruction-set level:
 //   #define RK_ROWS "swiglu/rows.h"
 //   #include "common/foreach_isa.h"
-// Neither math.h nor the rows may include anything: they are compiled inside a namespace.
+// math.h and the rows are compiled inside a namespace, so that they may include only files that are made for it
+// (lanes.h, walk.h).
 #include "common/isa.h"
 
 namespace rk {

@@ -1,11 +1,10 @@
 // Rows in lanes, time in blocks: how a recurrence along rows visits a [rows, steps] tensor, n rows by n steps
-// at a time. Included by row kernels, after lanes.h.
+// at a time. Included by row kernels after lanes.h; plane.h comes before foreach_isa.h.
 //
 // A lane goes through its row block by block and then takes the row n further on. Blocks lie flush with the
-// row's end; what sticks out at its beginning is padded with zeros and never written. Rows 4096 bytes apart
-// compete for the same few lines of the first-level cache, so there the lanes set off a block after one
-// another: at 1024 float steps that takes two thirds of the time. No lane's arithmetic depends on when it
-// sets off.
+// row's end; what sticks out at its beginning is padded with zeros and never written. Rows some kilobytes
+// apart compete for the same few lines of the first-level cache, so there the lanes set off a block after one
+// another: 1024 float steps take two thirds of the time. No lane's arithmetic depends on when it sets off.
 
 enum class Order { kFromEnd, kFromStart };
 
@@ -131,7 +130,7 @@ template <class T, class A, Order order>
 RK_INLINE void load_rows(vec_t<A> (&rows)[Lanes<A>::n], Cursor<const T, A>& from,
                          const Walk<A, order>& walk) {
   constexpr int n = Lanes<A>::n;
-  constexpr int ahead = 4 * n * Walk<A, order>::kDirection;
+  constexpr int ahead = 4 * n * Walk<A, order>::kDirection;  // [4096, 2048] takes half the time
   from.follow(walk);
   if (walk.whole) {
     const T* base = from.base(walk);
