@@ -1,0 +1,97 @@
+"""Tuning: a wrong value cannot win, and what was found is read back where it applies."""
+
+import inspect
+
+import pytest
+import torch
+
+from rlhf_kernels.engine import tune
+from rlhf_kernels.engine.clock import CpuClock, Limits
+from rlhf_kernels.engine.spec import load_specs
+from rlhf_kernels.runtime import dispatch, native, tuned
+
+CPU = torch.device("cpu")
+SHORT = Limits(seconds=0.05, warmup=0.02, rounds=3, precision=0.5)
+
+needs_native = pytest.mark.skipif(native.missing("_C") is not None, reason=str(native.missing("_C")))
+
+
+def _tuner(planted_specs):
+    spec = planted_specs["planted_double"]
+    return tune.Tuner(spec, spec.case("small"), torch.float32, "native", CPU, CpuClock(), SHORT)
+
+
+@needs_native
+def test_tune_finds_the_fast_value_and_refuses_the_wrong_one(planted_specs, own_cache):
+    (outcome,) = _tuner(planted_specs).outcomes()
+    assert outcome.values == {"waste": 1}
+    assert outcome.default == {"waste": 0}
+    assert outcome.gain > 1.02
+    assert set(outcome.timings_us) == {"waste=0", "waste=1"}
+    assert outcome.refused["waste=2"].startswith("incorrect: the output is off by")
+    assert outcome.shape == (9, 7)  # 256 rows of 64
+
+    path = tune.store(outcome.entry("cpu", torch.get_num_threads()))
+    assert path == own_cache / "tuned.json"
+    tune.store(outcome.entry("cpu", torch.get_num_threads()) | {"gain": 9})
+    (entry,) = tuned.read_table(path)  # in place of the first
+    assert entry["gain"] == 9
+
+    for op in dispatch.OPS.values():
+        op._chosen.clear()
+    assert "tuned for 1 shapes" in str(dispatch.explain("planted_double"))
+    function = planted_specs["planted_double"].function
+    kernel = dispatch.OPS["planted_double"].choose(torch.ones(256, 64))
+    assert torch.equal(function(torch.ones(256, 64)), torch.full((256, 64), 2.0))
+    assert kernel.forward._bound[torch.Size((256, 64)), torch.float32].keywords == {"waste": 1}
+    function(torch.ones(2, 3))
+    assert kernel.forward._bound[torch.Size((2, 3)), torch.float32] is kernel.forward._function
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": "another"}, "measured on another"),
+        ({"threads": 77}, "measured with 77 threads"),
+        ({"versions": {"torch": "1.0"}}, "measured with torch 1.0"),
+    ],
+)
+def test_entries_of_another_machine_are_skipped(own_cache, change, reason):
+    outcome = tune.Outcome("swiglu", "native", "forward", "c", "float32", {"grain": 1}, {"grain": 2})
+    entry = outcome.entry("cpu", torch.get_num_threads())
+    assert tuned.mismatch(entry, "cpu") is None
+    assert tuned.mismatch(entry | change, "cpu").startswith(reason)
+    tune.store(entry | change)
+    assert tuned.classes("swiglu", "native", "forward", "cpu") == {}
+
+
+def test_lookup_is_exact_or_near_within_range_or_the_default():
+    found = {(5, 5): {"grain": 1}, (9, 5): {"grain": 2}, (9, 9): {"grain": 3}}
+    assert tuned.lookup(found, (9, 5)) == ({"grain": 2}, "exact")
+    assert tuned.lookup(found, (8, 5)) == ({"grain": 2}, "nearest, (9, 5)")
+    assert tuned.lookup(found, (10, 5)) == ({}, "default")  # more rows than were ever measured
+    assert tuned.lookup({}, (1, 1)) == ({}, "default")
+
+
+def test_a_broken_table_is_no_table(own_cache):
+    for text in ("{", "[]", '{"schema": 99, "entries": [1]}'):
+        (own_cache / "tuned.json").write_text(text)
+        assert tuned.read_table(own_cache / "tuned.json") == []
+
+
+@needs_native
+def test_knob_defaults_are_those_of_the_kernels():
+    for spec in load_specs().values():
+        for knob in spec.knobs:
+            kernel = spec.op.module(knob.backend)
+            functions = [f for f in knob.functions if hasattr(kernel, f)]
+            assert functions, spec.name
+            for function in functions:
+                default = None
+                if inspect.isfunction(getattr(kernel, function)):
+                    default = inspect.signature(getattr(kernel, function)).parameters[knob.name].default
+                if default is None:  # the kernel leaves it to its schema
+                    name = spec.name + "_backward" * (function == "backward")
+                    schema = getattr(torch.ops.rlhf_kernels_native, name).default._schema
+                    default = next(a.default_value for a in schema.arguments if a.name == knob.name)
+                assert default == knob.candidates[0], f"{spec.name}.{function}: {knob.name}"
