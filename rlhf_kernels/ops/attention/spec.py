@@ -136,13 +136,18 @@ def narrow(
 
 
 def kernels() -> Iterator[KernelBuild]:
-    """Every tile that may be chosen: all flags in bfloat16, fewer in the others, whose code is alike."""
+    """Every tile that may be chosen, (causal, masked): all flags on sm_90, elsewhere those of training.
+
+    Each takes the better part of a second to compile, and code without a flag is part of the code with it.
+    """
     from rlhf_kernels.ops.attention import triton_config as config
     from rlhf_kernels.ops.attention.kernel_triton import SPAN_BLOCK, key_span_kernel
 
     span = {"key_mask": "*u8", "span": "*i32", "stride_mb": "i32", "S": "i32"}
-    flags = {"bf16": ((1, 1), (1, 0), (0, 1), (0, 0)), "fp16": ((1, 1),), "fp32": ((1, 1), (0, 0))}
     for target in TARGETS:
+        flags = {"bf16": ((1, 1), (1, 0)), "fp32": ((1, 1),)}
+        if target == "sm_90":
+            flags |= {"bf16": ((1, 1), (1, 0), (0, 1), (0, 0)), "fp16": ((1, 1),)}
         aligned = ("key_mask", "span")
         yield KernelBuild("key_span", key_span_kernel, span, {"BLOCK": SPAN_BLOCK}, target, aligned=aligned)
         for kernel in config.KERNELS:
