@@ -10,6 +10,6 @@ heading "1/3  What runs here: rlhf-kernels doctor"
 rlhf-kernels doctor
 heading "2/3  Every kernel against its float64 definition: rlhf-kernels check --tier smoke"
 rlhf-kernels check --tier smoke
-heading "3/3  Against plain PyTorch and torch.compile: rlhf-kernels bench --tier smoke"
-rlhf-kernels bench --tier smoke
+heading "3/3  Against plain PyTorch and torch.compile: rlhf-kernels bench --tier smoke --seconds 0.3"
+rlhf-kernels bench --tier smoke --seconds 0.3
 heading "Next: 'rlhf-kernels bench attention', 'make peers' to compare with TRL, verl and others, 'rlhf-kernels --help'"

@@ -22,7 +22,7 @@ from rlhf_kernels.engine.spec import (
     itemsize,
     randn,
 )
-from rlhf_kernels.ops.normalize import kernel_torch, masked_normalize, reference
+from rlhf_kernels.ops.normalize import NORMALIZE_PRESETS, kernel_torch, masked_normalize, reference
 
 ALL_DTYPES = (*FLOAT_DTYPES, torch.float64)
 
@@ -33,6 +33,8 @@ def _awkward(
     return Case(f"{name}_{b}x{t}", {"B": b, "T": t}, options, "awkward", dtypes)
 
 
+WHITEN = NORMALIZE_PRESETS["trl"]  # and verl's
+
 # `mask` is the pattern of the real slots, `masked` what stands in the others, `memory` the layout of x;
 # the other options are arguments of the function.
 CASES = (
@@ -40,7 +42,9 @@ CASES = (
     Case("ppo_512x1024", {"B": 512, "T": 1024}, {"mask": "tail"}),
     Case("rows_512x1024", {"B": 512, "T": 1024}, {"mask": "tail", "dim": -1}),
     Case("unmasked_512x1024", {"B": 512, "T": 1024}),
+    Case("whiten_512x1024", {"B": 512, "T": 1024}, {"mask": "tail", **WHITEN}),
     Case("large_4096x4096", {"B": 4096, "T": 4096}, {"mask": "tail"}, tier="large"),
+    Case("large_whiten_4096x4096", {"B": 4096, "T": 4096}, {"mask": "tail", **WHITEN}, tier="large"),
     _awkward("ragged", 3, 4099, ALL_DTYPES, mask="random"),
     _awkward("ragged_rows", 5, 4099, ALL_DTYPES, mask="random", dim=-1),
     _awkward("first_dimension", 37, 19, ALL_DTYPES, mask="random", dim=0),
