@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 NORMALIZE_PRESETS: dict[str, dict[str, Any]] = {
     "palm-rlhf-pytorch": {"eps": 1e-5, "eps_mode": "clamp", "unbiased": False, "zero_masked": False},
     "openrlhf": {"eps": 1e-8, "eps_mode": "clamp", "unbiased": False, "zero_masked": True, "dim": 1},
-    # What its trainer does to the advantages of all rollouts; "openrlhf" is its function on one tensor.
-    "openrlhf-advantages": {"eps": 1e-8, "eps_mode": "clamp", "unbiased": False, "zero_masked": False},
     "trl": {"eps": 1e-8, "eps_mode": "add", "unbiased": True, "zero_masked": False},
     "verl": {"eps": 1e-8, "eps_mode": "add", "unbiased": True, "zero_masked": False},
 }
