@@ -28,4 +28,25 @@ def gae(draw: Draw) -> Trial:
     return Trial((rewards, values, mask, gamma, lam), (advantages, advantages + v), slack)
 
 
-TRIALS = {"gae": gae}
+def gae_backward(draw: Draw) -> Trial:
+    """The transpose of the above, one step after the other."""
+    shape = draw.choice((draw.size(70), draw.size(60)), (draw.size(20), draw.size(1100)))
+    grad_a, grad_r = (draw.floats(shape, odd=False, spread=0.1) for _ in range(2))
+    mask = draw.choice(None, draw.mask(shape))
+    gamma, lam = draw.choice(1.0, 0.99, 0.5), draw.choice(0.95, 0.0)
+    real = np.ones(shape, bool) if mask is None else np.asarray(mask)
+
+    rewards, values = np.zeros(shape), np.zeros(shape)
+    trace, follows = np.zeros(shape[0]), np.zeros(shape[0])
+    for t in range(shape[1]):
+        total = grad_a[:, t].astype(np.float64) + grad_r[:, t] + trace
+        rewards[:, t] = np.where(real[:, t], total, 0)
+        values[:, t] = np.where(real[:, t], grad_r[:, t] - total + follows, 0)
+        trace = np.where(real[:, t], gamma * lam * total, total)
+        follows = np.where(real[:, t], gamma * total, follows)
+    largest = max(np.abs(x).max(initial=0.0) for x in (rewards, values, grad_a, grad_r))
+    slack = 1e-6 * largest * (1 + np.sqrt(shape[1]))
+    return Trial((grad_a, grad_r, mask, gamma, lam), (rewards, values), slack)
+
+
+TRIALS = {"gae": gae, "gae_backward": gae_backward}

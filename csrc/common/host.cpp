@@ -8,10 +8,6 @@ namespace {
 
 using BitsArray = py::array_t<uint16_t, py::array::c_style | py::array::forcecast>;
 
-std::vector<py::ssize_t> shape(const py::array& x) {
-  return {x.shape(), x.shape() + x.ndim()};
-}
-
 FloatArray exp_fast(const FloatArray& x) {
   FloatArray out(shape(x));
   RK_PICK(exp_row)(x.data(), out.mutable_data(), x.size());

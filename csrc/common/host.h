@@ -15,6 +15,10 @@ namespace py = pybind11;
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using BoolArray = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 
+inline std::vector<py::ssize_t> shape(const py::array& x) {
+  return {x.shape(), x.shape() + x.ndim()};
+}
+
 inline std::vector<void (*)(py::module_&)>& bindings() {
   static std::vector<void (*)(py::module_&)> list;
   return list;

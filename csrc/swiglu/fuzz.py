@@ -16,4 +16,16 @@ def swiglu(draw: Draw) -> Trial:
     return Trial((x, gate), (expected,), slack, free=free)
 
 
-TRIALS = {"swiglu": swiglu}
+def swiglu_backward(draw: Draw) -> Trial:
+    """grad gate s, and grad x s (1 + gate (1 - s)), with s the sigmoid of the gate."""
+    size = draw.size()
+    grad, x = draw.floats(size, odd=False), draw.floats(size, odd=False)
+    gate = draw.floats(size, odd=False, spread=draw.choice(1.0, 30.0))
+    dy, wide, g = (a.astype(np.float64) for a in (grad, x, gate))
+    s = 1 / (1 + np.exp(-g))
+    expected = dy * g * s, dy * wide * s * (1 + g * (1 - s))
+    # 1 + gate (1 - s) cancels near gate = -1.28, and s of a very negative gate is 0.
+    return Trial((grad, x, gate), expected, slack=1e-6 * np.abs(dy) * (np.abs(wide) + 1e-28))
+
+
+TRIALS = {"swiglu": swiglu, "swiglu_backward": swiglu_backward}

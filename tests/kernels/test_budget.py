@@ -331,6 +331,22 @@ def test_row_kernels_as_they_are_built_agree_with_numpy():
     assert done.stdout.count("0 failed") == 3
 
 
+def test_wrong_results_are_found(tmp_path):
+    if reason := native.missing("_host"):
+        pytest.skip(reason)
+    for source in CSRC.glob("*/fuzz.py"):
+        copy = tmp_path / source.parent.name / "fuzz.py"
+        copy.parent.mkdir()
+        copy.write_text(
+            source.read_text().replace(
+                "expected = g / (1 + np.exp(-g))", "expected = g / (1.0001 + np.exp(-g))"
+            )
+        )
+    done = _fuzz("--seconds", 1, "--csrc", tmp_path, "--library", native.host().__file__)
+    assert done.returncode == 2
+    assert done.stdout.count(" swiglu: ") == done.stdout.count("1 failed") == 3
+
+
 @pytest.fixture(scope="module")
 def faulty_csrc(tmp_path_factory):
     """The sources of one family with a loop that runs one element too far."""

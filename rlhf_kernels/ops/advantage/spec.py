@@ -171,12 +171,12 @@ def kernels() -> Iterator[KernelBuild]:
             )
 
 
-def _host_gae(host, masked: bool):  # noqa: ANN001
+def _host_gae(host, masked: bool, backward: bool = False):  # noqa: ANN001
     import numpy
 
     x = numpy.linspace(-1, 1, 32 * 512, dtype=numpy.float32).reshape(32, 512)
     mask = (numpy.arange(x.size) % 3 != 0).reshape(x.shape) if masked else None
-    return lambda: host.gae(x, x, mask)
+    return lambda: (host.gae_backward if backward else host.gae)(x, x, mask)
 
 
 SPECS = (
@@ -197,6 +197,8 @@ SPECS = (
         host_kernels=(
             HostKernel("gae", lambda host: _host_gae(host, False)),
             HostKernel("gae_masked", lambda host: _host_gae(host, True)),
+            HostKernel("gae_backward", lambda host: _host_gae(host, False, True)),
+            HostKernel("gae_masked_backward", lambda host: _host_gae(host, True, True)),
         ),
         knobs=(Knob("grain", "native", (32768, 8192, 131072)),),
     ),

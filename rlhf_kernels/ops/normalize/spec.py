@@ -160,11 +160,13 @@ def kernels() -> Iterator[KernelBuild]:
                 )
 
 
-def _host_normalize(host):  # noqa: ANN001
+def _host_normalize(host, backward: bool):  # noqa: ANN001
     import numpy
 
     x = numpy.linspace(-8, 8, 16384, dtype=numpy.float32)
     mask = numpy.arange(16384) % 3 != 0
+    if backward:
+        return lambda: host.masked_normalize_backward(x, x, mask)
     return lambda: host.masked_normalize(x, mask)
 
 
@@ -182,7 +184,10 @@ SPECS = (
         # In float64 plain PyTorch does what the definition does, so that this is all that is granted.
         floor=4.0,
         kernels=kernels,
-        host_kernels=(HostKernel("masked_normalize", _host_normalize),),
+        host_kernels=(
+            HostKernel("masked_normalize", lambda host: _host_normalize(host, False)),
+            HostKernel("masked_normalize_backward", lambda host: _host_normalize(host, True)),
+        ),
         knobs=(Knob("grain", "native", (32768, 8192, 131072)),),
     ),
 )

@@ -83,11 +83,11 @@ def kernels() -> Iterator[KernelBuild]:
                 )  # fmt: skip
 
 
-def _host_swiglu(host: Any) -> Callable[[], Any]:
+def _host_swiglu(host: Any, backward: bool) -> Callable[[], Any]:
     import numpy
 
     x = numpy.linspace(-8, 8, 16384, dtype=numpy.float32)
-    return lambda: host.swiglu(x, x)
+    return (lambda: host.swiglu_backward(x, x, x)) if backward else (lambda: host.swiglu(x, x))
 
 
 SPECS = (
@@ -103,7 +103,10 @@ SPECS = (
         cases=CASES,
         floor=2.0,
         kernels=kernels,
-        host_kernels=(HostKernel("swiglu_row", _host_swiglu),),
+        host_kernels=(
+            HostKernel("swiglu", lambda host: _host_swiglu(host, False)),
+            HostKernel("swiglu_backward", lambda host: _host_swiglu(host, True)),
+        ),
         knobs=(Knob("grain", "native", (32768, 4096, 16384, 131072)),),
     ),
 )
