@@ -198,7 +198,8 @@ def budget(args: argparse.Namespace) -> int:
     """Compile every kernel for every target and compare the result with committed budgets.
 
     Registers, spills, shared memory, matrix instructions, and instruction counts of the CPU kernels. Needs no
-    GPU. Exits with 1 where a budget is exceeded and with 2 where a kernel does not compile.
+    GPU. Exits with 1 where a budget is exceeded, with 2 where a kernel does not compile and with 3 where the
+    budgets were recorded with other compilers.
     """
     from rlhf_kernels.engine import budget as guards
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,6 +259,7 @@ def test_another_compiler_is_not_compared(pretended):
     pretended.kind.figures["a"] = 30
     rows = pretended.run()
     assert {row["status"] for row in rows} == {"unavailable"}
+    assert budget.exit_code(rows) == 3
     assert rows[0]["reason"] == "the budget is pretended 1's, and this is pretended 2: not compared"
     with pytest.raises(ValueError, match="would loosen"):
         pretended.run(update=True)
@@ -275,6 +277,14 @@ def test_a_missing_tool_is_a_row_with_its_reason(pretended):
         "the tool is not here: fetch it",
     )
     assert budget.exit_code([row]) == 0
+
+
+def test_tolerated_instructions_do_not_add_up(tmp_path):
+    ledger = Ledger(tmp_path / "room.json", {}, {"op/host/row/v3": {"instructions": 10_000}})
+    one = Measured("room", "op", "host", "host/row", "v3", {"instructions": 10_009})
+    assert ledger.update([one], [], {}) == []
+    assert ledger.budgets["op/host/row/v3"] == {"instructions": 10_000}
+    assert ledger.update([replace(one, figures={"instructions": 10_011})], [], {})
 
 
 def test_matrix_instructions_may_not_become_more_either():

@@ -81,15 +81,27 @@ class Ledger:
         """
         loosened = [f"{key} dropped" for key in gone if self.budgets.pop(key, None) is not None]
         for one in measured:
-            if broken := excess(one.figures, self.budgets.get(one.key, one.figures)):
+            old, new = self.budgets.get(one.key, one.figures), dict(one.figures)
+            if broken := excess(new, old):
                 loosened.append(f"{one.key} ({'; '.join(broken)})")
-            self.budgets[one.key] = dict(one.figures)
+            else:  # what is tolerated must not add up
+                new |= {name: min(new[name], old[name]) for name in TOLERANCE if name in new}
+            self.budgets[one.key] = new
         self.tools |= tools
         return loosened
 
 
 def note_in_changelog(path: Path, loosened: list[str], reason: str) -> None:
-    """Appends one line to the changelog's Unreleased section; ValueError where there is no such section."""
+    """Appends one line to the changelog's Unreleased section.
+
+    Raises:
+        ValueError: there is no reason, or no such section.
+    """
+    if not reason:
+        more = f" and {len(loosened) - 1} more" if loosened[1:] else ""
+        raise ValueError(
+            f'budgets would loosen: {loosened[0]}{more}. Say why with --reason "...", for {path.name}'
+        )
     lines = path.read_text().splitlines() if path.is_file() else []
     if "## [Unreleased]" not in lines:
         raise ValueError(
