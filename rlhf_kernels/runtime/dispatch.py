@@ -210,8 +210,6 @@ class Op:
         wanted = dict(_environment()) | dict(held.backends)
         asked = wanted.get(self.name, wanted.get("*"))
         preferred = [asked] if asked else []
-        if device == "cpu" and interpreted() and "triton" in self.declared() and not asked:
-            preferred = []  # the interpreter is never chosen by itself
         order = preferred + [name for name in self.order.get(device, ("torch",)) if name not in preferred]
         refused: list[str] = []
         for name in order:
