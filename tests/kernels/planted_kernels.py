@@ -6,6 +6,8 @@ import numpy
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from rlhf_kernels.engine.spec import Case, Cost, HostKernel, Inputs, KernelBuild, OpSpec
 
@@ -18,6 +20,14 @@ def scores_kernel(q_ptr, k_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, D: tl
     k = tl.load(k_ptr + columns[:, None] * D + dims[None, :])
     scores = tl.dot(q, tl.trans(k))
     tl.store(out_ptr + rows[:, None] * N + columns[None, :], scores)
+
+
+@gluon.jit
+def copy_kernel(x_ptr, out_ptr, N: gl.constexpr):
+    """out = x, 16 bytes a thread where the pointers allow it."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    at = gl.arange(0, N, layout=layout)
+    gl.store(out_ptr + at, gl.load(x_ptr + at))
 
 
 class Aborting:
@@ -40,9 +50,12 @@ def scores(
 
 
 def kernels():
-    """Healthy ones for every target, and three with a fault."""
+    """Healthy ones for every target, two in Gluon, and three with a fault."""
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         yield scores("healthy", 64, 64, target=target)
+    pointers = {"x_ptr": "*fp32", "out_ptr": "*fp32"}
+    for name, aligned in (("aligned", tuple(pointers)), ("unaligned", ())):
+        yield KernelBuild(name, copy_kernel, pointers, {"N": 512}, "sm_90", aligned=aligned, gluon=True)
     yield scores("lost_hgmma", 32, 64)
     yield scores("aborts", 64, 64, kernel=Aborting())
     yield scores("spills", 128, 256, dtype="fp32", tensor_core=False, num_warps=2)

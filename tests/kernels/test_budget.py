@@ -69,6 +69,10 @@ def test_planted_faults_of_triton_kernels_are_found(planted):
     assert found["healthy", "sm_90"]["matrix"].keys() == {"HGMMA"}
     assert found["healthy", "sm_100"]["matrix"].keys() >= {"UTCHMMA"}
 
+    assert found["aligned", "sm_90"]["loads"] == {"128": 1}
+    assert found["unaligned", "sm_90"]["loads"] == {"32": 4}
+    assert found["unaligned", "sm_90"]["narrow_loads"] == 4
+
     lost = found["lost_hgmma", "sm_90"]
     assert lost["status"] == "incorrect"
     assert lost["reason"].startswith("no HGMMA on sm_90")
@@ -81,7 +85,8 @@ def test_planted_faults_of_triton_kernels_are_found(planted):
     assert (aborts["status"], budget.exit_code(rows)) == ("error", 2)
     assert "the compiler died with exit status -6" in aborts["reason"]
     # What is at fault is not written down, so it cannot be excused.
-    assert {key.split("/")[1] for key in Ledger.load("planted", planted.folder).budgets} == {"healthy"}
+    budgets = Ledger.load("planted", planted.folder).budgets
+    assert {key.split("/")[1] for key in budgets} == {"healthy", "aligned", "unaligned"}
 
 
 SPILLING = """

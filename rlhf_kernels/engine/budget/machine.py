@@ -7,6 +7,7 @@ carries its own numbers.
 from __future__ import annotations
 
 import bisect
+import importlib.util
 import itertools
 import re
 import struct
@@ -68,6 +69,13 @@ _SASS_WIDTH = re.compile(r"\.(128|64|[US]16|[US]8)(?:\.|$)")
 _AMD = re.compile(r"^\s+([a-z]\w+)\s", re.MULTILINE)
 _AMD_LOAD = re.compile(r"(?:global|buffer)_load_\w*?(dwordx4|dwordx3|dwordx2|dword|[us]?short|[us]byte)")
 _AMD_WIDTH = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
+
+
+def nvidia_tools() -> Path | None:
+    """Where Triton keeps cuobjdump and nvdisasm; None where there is no Triton, or it came without them."""
+    found = importlib.util.find_spec("triton")
+    tools = Path(found.origin).parent / "backends/nvidia/bin" if found else None
+    return tools if tools and (tools / "nvdisasm").exists() else None
 
 
 def occupancy(target: str, registers: int, shared: int, warps: int) -> float:

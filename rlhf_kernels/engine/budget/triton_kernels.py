@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from rlhf_kernels.engine.budget import machine
 from rlhf_kernels.engine.budget.measured import Measured
 from rlhf_kernels.engine.spec import TARGETS, OpSpec
 
@@ -25,6 +26,8 @@ def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'rlhf-kernels[triton]'"
+    if machine.nvidia_tools() is None:
+        return "this Triton came without nvdisasm: install the wheel, pip install 'rlhf-kernels[triton]'"
     return None
 
 
@@ -68,7 +71,7 @@ def _worker(request: dict[str, Any]) -> tuple[list[Measured], Measured | None]:
         return done, None
     last = ran.stderr.strip().splitlines()[-1:] or ["no message"]
     if not lines or "start" not in lines[-1]:
-        raise RuntimeError(f"the compiling process failed before it came to a kernel: {last[0]}")
+        raise RuntimeError(f"the compiling process failed outside of the compiler: {last[0]}")
     reason = f"the compiler died with exit status {ran.returncode}: {last[0]}"
     return done, _measured(lines[-1]["start"] | {"status": "error", "reason": reason})
 

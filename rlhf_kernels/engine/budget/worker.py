@@ -54,6 +54,7 @@ def main() -> None:
     """Reads the request from standard input: package, ops, targets, share (which, of how many), skip."""
     request = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else is printed goes elsewhere
 
     def tell(what: str, one: Measured) -> None:
         print(json.dumps({what: dataclasses.asdict(one)}), file=answers)
@@ -84,6 +85,7 @@ def main() -> None:
                 tell("done", found.measured())
             else:
                 pending.append(found)
+        print(json.dumps({"read": len(pending)}), file=answers)  # from here on no kernel is to blame
         for one in read(pending, Path(scratch)):
             tell("done", one)
 
@@ -141,9 +143,7 @@ def source_of(build: KernelBuild) -> Any:
 
 def read(compiled: Sequence[Compiled], scratch: Path) -> Iterator[Measured]:
     """Disassembles what was compiled, target by target, and keeps the answers."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tools = machine.nvidia_tools()
     for target in sorted({c.one.target for c in compiled}):
         several = [c for c in compiled if c.one.target == target]
         if target.startswith("gfx"):
