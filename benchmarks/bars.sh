@@ -11,7 +11,7 @@ mkdir -p "$(dirname "$out")"
 bench() { rlhf-kernels bench "$@" --dtype float32 --processes 5 --seconds 0.5 --out "$out"; }
 
 bench gae --case 'ppo_*' --baseline 'Python loop'
-bench gae --case 'large_*' --impl torch,native
+bench gae --case 'large_*' --impl native
 bench masked_normalize --case 'ppo_512x1024,whiten_512x1024,large_4096x4096,large_whiten_4096x4096'
 bench swiglu --case small_64x512,palm_4096x2048,wide_512x8192
 bench rotary --case palm_8x8x512x64

@@ -11,8 +11,9 @@ struct GaeFlags {
   bool carry;
 };
 
-// What a kernel is compiled for: no mask and no flags; a mask that state passes over; anything.
-enum class GaeKind { kPlain, kMasked, kGeneral };
+// What a kernel is compiled for: no mask and no flags; a mask that state passes over; a mask whose steps
+// count as 0; anything.
+enum class GaeKind { kPlain, kMasked, kZeroed, kGeneral };
 
 // next: what follows each step ([B, T]); last: what follows the last one ([B], stride apart). Both may be
 // null.

@@ -11,10 +11,11 @@ constexpr int64_t kGroup = 16;
 
 // rows(g, begin, end) in parallel, by the kernel that this problem needs.
 template <class Problem, class Rows>
-void run(const Problem& g, bool next_per_step, int64_t grain, Rows plain, Rows masked, Rows general) {
+void run(const Problem& g, bool next_per_step, int64_t grain, Rows plain, Rows masked, Rows zeroed,
+         Rows general) {
   const GaeFlags& flags = g.flags;
-  const bool simple = !flags.done && !flags.truncated && !next_per_step && (!flags.mask || flags.carry);
-  const auto rows = !simple ? general : flags.mask ? masked : plain;
+  const bool simple = !flags.done && !flags.truncated && !next_per_step;
+  const auto rows = !simple ? general : !flags.mask ? plain : flags.carry ? masked : zeroed;
   parallel_rows((g.rows + kGroup - 1) / kGroup, kGroup * g.steps, grain, [&](int64_t begin, int64_t end) {
     rows(g, begin * kGroup, end * kGroup < g.rows ? end * kGroup : g.rows);
   });
@@ -28,7 +29,8 @@ std::tuple<Tensor, Tensor> gae_general(const Tensor& rewards, const Tensor& valu
   return gae_results(rewards, values, mask, done, truncated, next_value, gamma, lam, carry,
                      [&]<class T>(const GaeForward<T>& g) {
                        run(g, bool(g.next), grain, RK_PICK(gae_rows<T, GaeKind::kPlain>),
-                           RK_PICK(gae_rows<T, GaeKind::kMasked>), RK_PICK(gae_rows<T, GaeKind::kGeneral>));
+                           RK_PICK(gae_rows<T, GaeKind::kMasked>), RK_PICK(gae_rows<T, GaeKind::kZeroed>),
+                           RK_PICK(gae_rows<T, GaeKind::kGeneral>));
                      });
 }
 
@@ -47,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> gae_backward(const Tensor& grad, const Tensor
                        [&]<class T>(const GaeBackward<T>& g) {
                          run(g, bool(g.grad_next), grain, RK_PICK(gae_backward_rows<T, GaeKind::kPlain>),
                              RK_PICK(gae_backward_rows<T, GaeKind::kMasked>),
+                             RK_PICK(gae_backward_rows<T, GaeKind::kZeroed>),
                              RK_PICK(gae_backward_rows<T, GaeKind::kGeneral>));
                          // Without steps, what follows the last one reaches nothing.
                          for (int64_t r = 0; g.steps == 0 && g.grad_last && r < g.rows; ++r)

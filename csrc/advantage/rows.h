@@ -49,7 +49,11 @@ void gae_rows(const GaeForward<T>& g, int64_t begin, int64_t end) {
 #pragma GCC unroll 16
     for (int k = n - 1; k >= 0; --k) {
       const Mask real = bit<A>(flags.real, k);
-      if constexpr (kind == GaeKind::kPlain) {
+      if constexpr (kind == GaeKind::kPlain || kind == GaeKind::kZeroed) {
+        if (kind == GaeKind::kZeroed) {
+          reward[k] = real ? reward[k] : zero;
+          value[k] = real ? value[k] : zero;
+        }
         advantage = reward[k] + gamma * next - value[k] + decay * advantage;
         next = value[k];
         value[k] += advantage;
@@ -103,9 +107,9 @@ void gae_backward_rows(const GaeBackward<T>& g, int64_t begin, int64_t end) {
       const Mask real = bit<A>(flags.real, k);
       const Vec a = advantage[k] + returned[k] + trace;
       const Vec to_value = returned[k] - a + next;
-      if constexpr (kind == GaeKind::kPlain) {
-        advantage[k] = a;
-        returned[k] = to_value;
+      if constexpr (kind == GaeKind::kPlain || kind == GaeKind::kZeroed) {
+        advantage[k] = kind == GaeKind::kPlain || real ? a : zero;
+        returned[k] = kind == GaeKind::kPlain || real ? to_value : zero;
         next = gamma * a;
         trace = decay * a;
       } else {

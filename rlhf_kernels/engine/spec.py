@@ -237,6 +237,21 @@ def randn(
     return torch.randn(tuple(shape), generator=generator).to(device=device, dtype=dtype)
 
 
+def row_mask(pattern: str, rows: int, steps: int, generator: torch.Generator) -> Tensor:
+    """A boolean [rows, steps] mask: random; none, one or two real slots a row; every second of the rows; the
+    tail or head of a row masked at random lengths; middle, which adds holes and strays to a masked tail."""
+    if pattern == "random":
+        return torch.rand(rows, steps, generator=generator) < 0.7
+    if pattern == "rows":
+        return (torch.arange(rows) % 2 == 0)[:, None].expand(rows, steps).contiguous()
+    if pattern in ("none", "one", "two"):
+        real = torch.arange(steps) < ("none", "one", "two").index(pattern)
+        return real.expand(rows, steps).roll(steps // 3, 1)
+    lengths = torch.randint(steps // 8, steps + 1, (rows, 1), generator=generator)
+    tail = torch.arange(steps).expand(rows, steps) < lengths
+    return {"tail": tail, "head": tail.flip(1), "middle": tail ^ (torch.arange(steps) % 7 == 3)}[pattern]
+
+
 def itemsize(dtype: torch.dtype) -> int:
     """Bytes of one element."""
     return torch.empty((), dtype=dtype).element_size()

@@ -22,6 +22,7 @@ from rlhf_kernels.engine.spec import (
     OpSpec,
     itemsize,
     randn,
+    row_mask,
 )
 from rlhf_kernels.ops.advantage import gae, kernel_torch, reference, token_spec
 
@@ -45,6 +46,9 @@ CASES = (
     Case("ppo_masked_64x1024", {"B": 64, "T": 1024}, {"mask": "tail"}),
     Case("ppo_512x1024", {"B": 512, "T": 1024}),
     Case("ppo_masked_512x1024", {"B": 512, "T": 1024}, {"mask": "tail"}),
+    # As the loops of TRL and OpenRLHF treat a mask.
+    Case("ppo_zeroed_64x1024", {"B": 64, "T": 1024}, {"mask": "tail", "mode": "zero"}),
+    Case("ppo_zeroed_512x1024", {"B": 512, "T": 1024}, {"mask": "tail", "mode": "zero"}),
     Case("control_512x128", {"B": 512, "T": 128}, {"flags": ("done",), "next": 1}),
     Case("large_4096x2048", {"B": 4096, "T": 2048}, tier="large"),
     Case("large_masked_4096x2048", {"B": 4096, "T": 2048}, {"mask": "tail"}, tier="large"),
@@ -75,19 +79,6 @@ CASES = (
 )
 
 
-def real_steps(pattern: str, b: int, t: int, generator: torch.Generator) -> Tensor:
-    """A mask of this pattern."""
-    if pattern == "random":
-        return torch.rand(b, t, generator=generator) < 0.7
-    if pattern == "none":
-        return torch.zeros(b, t, dtype=torch.bool)
-    if pattern == "rows":
-        return (torch.arange(b) % 2 == 0)[:, None].expand(b, t).contiguous()
-    lengths = torch.randint(t // 4, t + 1, (b, 1), generator=generator)
-    tail = torch.arange(t).expand(b, t) < lengths
-    return {"tail": tail, "head": tail.flip(1), "middle": tail ^ (torch.arange(t) % 7 == 3)}[pattern]
-
-
 def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Inputs:
     """Normal rewards and values in the layout, and the flags, that the case asks for."""
     b, t = case.sizes["B"], case.sizes["T"]
@@ -112,7 +103,7 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: tor
         args["next_value"] = randn((b, t)[:dims], dtype, generator, device)
     wrt = tuple(name for name in ("rewards", "values", "next_value") if name in args)
     if pattern := options.get("mask"):
-        args["mask"] = real_steps(pattern, b, t, generator).to(device)
+        args["mask"] = row_mask(pattern, b, t, generator).to(device)
         for name in wrt if "masked" in options else ():
             if args[name].dim() == 2:
                 args[name].masked_fill_(~args["mask"], options["masked"])
@@ -192,7 +183,7 @@ SPECS = (
         cases=CASES,
         outputs=("advantages", "returns"),
         # One chain of T roundings, where the yardstick's scan has log2(T) of them.
-        floor=4.0,
+        floor=8.0,
         kernels=kernels,
         host_kernels=(
             HostKernel("gae", lambda host: _host_gae(host, False)),

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.engine.spec import FLOAT_DTYPES, Case, Cost, Direction, Inputs, OpSpec, itemsize, randn
+from rlhf_kernels.engine.spec import (
+    FLOAT_DTYPES,
+    Case,
+    Cost,
+    Direction,
+    Inputs,
+    OpSpec,
+    itemsize,
+    randn,
+    row_mask,
+)
 from rlhf_kernels.ops.advantage.token import token_advantages
 from rlhf_kernels.runtime.dispatch import backend
 
@@ -38,19 +48,12 @@ CASES = (
 )
 
 
-def _mask(pattern: str, b: int, t: int, generator: torch.Generator) -> Tensor:
-    lengths = torch.randint(t // 8, t + 1, (b, 1), generator=generator)
-    tail = torch.arange(t).expand(b, t) < lengths
-    holes = tail & (torch.arange(t) % 7 != 3)
-    return {"tail": tail, "head": tail.flip(1), "middle": holes, "none": torch.zeros_like(tail)}[pattern]
-
-
 def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Inputs:
     """Normal scores, KL terms and values."""
     b, t = case.sizes["B"], case.sizes["T"]
     args: dict[str, Any] = {"score": randn((b,), dtype, generator, device)}
     args |= {name: randn((b, t), dtype, generator, device) for name in ("kl", "values")}
-    args["mask"] = _mask(case.options["mask"], b, t, generator).to(device)
+    args["mask"] = row_mask(case.options["mask"], b, t, generator).to(device)
     if "masked" in case.options:
         for name in ("kl", "values"):
             args[name].masked_fill_(~args["mask"], case.options["masked"])

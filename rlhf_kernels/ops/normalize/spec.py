@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from rlhf_kernels.engine.spec import (
     FLOAT_DTYPES,
@@ -21,6 +20,7 @@ from rlhf_kernels.engine.spec import (
     OpSpec,
     itemsize,
     randn,
+    row_mask,
 )
 from rlhf_kernels.ops.normalize import NORMALIZE_PRESETS, kernel_torch, masked_normalize, reference
 
@@ -76,16 +76,6 @@ CASES = (
 ARGUMENTS = ("dim", "eps", "eps_mode", "unbiased", "center", "zero_masked")
 
 
-def _mask(pattern: str, b: int, t: int, generator: torch.Generator) -> Tensor:
-    if pattern == "random":
-        return torch.rand(b, t, generator=generator) < 0.7
-    if pattern in ("none", "one", "two"):
-        return (torch.arange(t) < ("none", "one", "two").index(pattern)).expand(b, t).roll(t // 3, 1)
-    lengths = torch.randint(t // 8, t + 1, (b, 1), generator=generator)
-    tail = torch.arange(t).expand(b, t) < lengths
-    return {"tail": tail, "head": tail.flip(1), "middle": tail ^ (torch.arange(t) % 7 == 3)}[pattern]
-
-
 def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Inputs:
     """Normal inputs in the layout and with the mask that the case asks for."""
     b, t = case.sizes["B"], case.sizes["T"]
@@ -101,7 +91,7 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: tor
     x = x.t() if memory == "transposed" else x[:, -t:] if t else x
     args = {"x": x} | {name: options[name] for name in ARGUMENTS if name in options}
     if pattern := options.get("mask"):
-        args["mask"] = _mask(pattern, b, t, generator).to(device)
+        args["mask"] = row_mask(pattern, b, t, generator).to(device)
         if "masked" in options:
             x.masked_fill_(~args["mask"], options["masked"])
     return Inputs(args, wrt=("x",))
