@@ -51,7 +51,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   "$venv/bin/python" - <<'PY' | xargs -d '\n' "$venv/bin/python" -m pip install --quiet
 import re
 from pathlib import Path
-extras = re.findall(r'^(?:cli|report|test) = \[(.*)\]$', Path("pyproject.toml").read_text(), re.M)
+extras = re.findall(r'^(?:cli|report|test|train) = \[(.*)\]$', Path("pyproject.toml").read_text(), re.M)
 print("\n".join(sorted({item for line in extras for item in re.findall(r'"([^"]+)"', line)})))
 PY
   rm -rf "$venv/triton-newest"

@@ -1,0 +1,157 @@
+"""The command `palm-rlhf`: sft, reward, train, generate."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+OK, USAGE, INTERRUPTED = 0, 64, 130
+
+COMMANDS = {
+    "sft": "train a model on text, from nothing or further",
+    "reward": "train a reward model on pairs of a better and a worse response",
+    "train": "train a model by reinforcement: palm-rlhf train ppo",
+    "generate": "continue prompts, or choose the best of several responses",
+}
+
+HELP = f"""\
+usage: palm-rlhf COMMAND [flags]        each command explains its flags: palm-rlhf COMMAND --help
+
+Trains PaLM models: on text, then on rewards. Everything of a run is in one folder: --out.
+
+commands:
+{chr(10).join(f"  {name:10}{text}" for name, text in COMMANDS.items())}
+
+a first run, on a task with answers that can be checked, such as 12*7= (minutes on two cores):
+  palm-rlhf sft --task calculator --out runs/sft
+  palm-rlhf train ppo --task calculator --model runs/sft --out runs/ppo
+  palm-rlhf generate --model runs/ppo --prompt "12*7=" --samples 3
+
+on your own data:
+  palm-rlhf sft --text book.txt --out runs/book                           bytes as tokens
+  palm-rlhf sft --text book.txt --tokenizer tokenizer.json --out runs/bpe a Hugging Face tokenizer file
+  palm-rlhf train ppo --model runs/book --prompts-file prompts.txt --reward score.py:polite --out runs/polite
+  palm-rlhf reward --model runs/book --pairs pairs.jsonl --out runs/reward
+  palm-rlhf train ppo --model runs/book --prompts-file prompts.txt --reward-model runs/reward --out runs/rlhf
+
+a run's folder:
+  config.json         what the command was called with
+  metrics.jsonl       one line a step; tensorboard/ has the same
+  curve.png           the most telling of them, drawn at the end
+  checkpoints/        the last two, with optimizer and random states
+  model.safetensors   the result, with its tokenizer: what --model takes, by the folder's name
+
+Ctrl-C finishes the step, saves a checkpoint and says how to go on: the same command goes on, bit for bit.
+
+exit codes: 0 fine, 64 something is wrong with what was given (one sentence says what), 130 interrupted
+environment: PALM_RLHF_TRACEBACK=1 shows where an error comes from; RLHF_KERNELS_BACKEND, NO_COLOR
+"""
+
+
+class UsageError(ValueError):
+    """The command line is wrong; the text says how, in one sentence."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _command(argv)
+    except BrokenPipeError:
+        sys.stderr.close()  # a reader such as `head` has left: nothing more to say
+        return OK
+    except KeyboardInterrupt as stopped:
+        _complain(str(stopped) or "interrupted")
+        return INTERRUPTED
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("PALM_RLHF_TRACEBACK"):
+            raise
+        _complain(_sentence(error))
+        return USAGE
+
+
+def _command(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return OK
+    if argv[0] == "--version":
+        import palm_rlhf
+
+        print(palm_rlhf.__version__)
+        return OK
+    name, rest = _known("command", argv[0], COMMANDS), argv[1:]
+    module = importlib.import_module(f"palm_rlhf.commands.{name}")
+    prog = f"palm-rlhf {name}"
+    if name == "train":
+        if not rest or rest[0] in ("-h", "--help"):
+            print(module.overview(), end="")
+            return OK
+        options = module.ALGORITHMS[_known("algorithm", rest[0], module.ALGORITHMS)]
+        prog, form, rest = f"{prog} {rest[0]}", module.form(options), rest[1:]
+    else:
+        form = module.FORM
+    args = _parsed(form, prog, rest)
+    return OK if args is None else module.run(args, shlex.join(["palm-rlhf", *argv]))
+
+
+def _known(kind: str, name: str, there: Any) -> str:
+    if name in there:
+        return name
+    near = difflib.get_close_matches(name, there, 1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(there)}."
+    raise UsageError(f"there is no {kind} {name!r}. {hint}")
+
+
+def _parsed(form: type, prog: str, argv: list[str]) -> Any:
+    """The dataclass from the command line; None where its help was printed. UsageError says what is wrong."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(form, prog=prog, args=argv)
+    except SystemExit as stopped:
+        if not stopped.code:
+            return None
+    raise UsageError(f"{_problem(said.getvalue())}. See {prog} --help.")
+
+
+def _problem(box: str) -> str:
+    """What the parser says is wrong: below a title, and above hints that --help gives as well.
+
+    The title is part of the box, or where standard output takes no such characters a line over a rule.
+    """
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if line.startswith("─ ") or not line.strip("─-"):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    said = " ".join([" ".join(part) for part in parts if part][not box.startswith("╭")].split())
+    missing = re.findall(r"(--[\w-]+) [A-Z]", said) if said.startswith("Missing from") else []
+    return f"{' and '.join(missing)} must be given" if missing else said.rstrip(".")
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed, which this command needs: pip install 'rlhf-kernels[train]'"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _complain(text: str) -> None:
+    print(f"palm-rlhf: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

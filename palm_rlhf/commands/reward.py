@@ -1,0 +1,115 @@
+"""`palm-rlhf reward`: from preferences to a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor
+
+from palm_rlhf.commands.common import (
+    TOKENIZER,
+    WEIGHTS,
+    device,
+    load_model,
+    metadata,
+    tokenizer_metadata,
+    weights_file,
+)
+from palm_rlhf.commands.runs import Run
+from palm_rlhf.generation import Generation
+from palm_rlhf.rewards import ModelReward, RewardModel, load_reward_model, save_reward_model
+from palm_rlhf.tasks.pairs import read_examples, split_examples
+from palm_rlhf.tokens import FileTokenizer, Tokenizer, check_fits
+from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
+
+
+@dataclass
+class Reward:
+    """Train a reward model on pairs of responses, or on texts with labels.
+
+    A line of --pairs is {"prompt": ..., "chosen": ..., "rejected": ...}, or with a label
+    {"prompt": ..., "text": ..., "label": 1.5}; the prompt may be left out.
+
+    palm-rlhf reward --model runs/sft --pairs pairs.jsonl --out runs/reward
+    """
+
+    model: Path
+    """Run or file to start from, such as that of palm-rlhf sft."""
+    pairs: Path
+    """Examples as JSON lines."""
+    out: Path
+    """Folder of the run. If it is there, the run goes on."""
+    bins: int = 0
+    """How many there are, for labels that are bins 0, 1, 2, ...; 0 for pairs and for other labels."""
+    held_back: float = 0.1
+    """Share of the examples that judge."""
+    lora: bool = True
+    """Learn adapters on the frozen model, not all weights."""
+    lora_r: int = 8
+    """Rank of the adapters."""
+    dropout: float = 0.1
+    """Of the model, in training."""
+    tokenizer: str | None = None
+    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
+    config: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
+    save_every: int = 100
+    """Steps between checkpoints."""
+    device: str | None = None
+    """cpu or cuda; default: the GPU if there is one."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+FORM = Reward
+
+
+def run(args: Reward, line: str) -> int:
+    """Trains, and writes the reward model."""
+    folder = Run("reward", args, line, grows="epochs")
+    train, judge = split_examples(read_examples(args.pairs), args.held_back, args.config.seed)
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    torch.manual_seed(args.config.seed)
+    model = RewardModel(
+        loaded.model,
+        dropout=args.dropout,
+        num_binned_output=args.bins,
+        use_lora=args.lora,
+        lora_r=args.lora_r,
+    )
+    trainer = RewardTrainer(
+        model, train, loaded.tokenizer, config=args.config, held_out=judge, stop=loaded.stop
+    )
+    rows = folder.train(trainer, ("loss", "accuracy", "held_out_accuracy"), steps=trainer.steps)
+    kept = tokenizer_metadata(folder.folder, loaded.tokenizer)
+    saved = save_reward_model(folder.folder / WEIGHTS, model, stop=loaded.stop, **kept)
+    curve = folder.draw(rows, ("loss", "held_out_loss", "accuracy", "held_out_accuracy"), line)
+    judged = next((row for row in reversed(rows) if "held_out_loss" in row), {})
+    found = {name: value for name, value in judged.items() if name.startswith("held_out_")}
+    print(f"on {len(judge)} held-out examples: " + ", ".join(f"{_said(k)} {v:.4f}" for k, v in found.items()))
+    print(f"model  {saved}\n" + (f"curve  {curve}\n" if curve else ""), end="")
+    return 0
+
+
+def _said(name: str) -> str:
+    return name.removeprefix("held_out_").replace("_", " ")
+
+
+def load_reward(path: Path, tokenizer: Tokenizer, on: str | None) -> Callable[[Generation], Tensor]:
+    """The reward model of a run, for texts in these tokens; ValueError where it reads others."""
+    file = weights_file(path)
+    model = load_reward_model(file, device=device(on))
+    check_fits(tokenizer, model.palm)
+    named = metadata(file).get("tokenizer")
+    if named is not None:
+        own = file.with_name(TOKENIZER).read_text(encoding="utf-8") if named != "bytes" else None
+        if own != (tokenizer.text if isinstance(tokenizer, FileTokenizer) else None):
+            raise ValueError(
+                f"the reward model {path} reads other tokens ({named}) than the model writes "
+                f"({tokenizer.name}). Train it on a model with the same tokenizer."
+            )
+    return ModelReward(model.requires_grad_(False))

@@ -1,0 +1,127 @@
+"""The folder of a run: what it was called with, and training in it that can be stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from palm_rlhf.models.checkpoint import CheckpointError
+from palm_rlhf.trainers import loop
+from palm_rlhf.trainers.checkpoints import Checkpoints
+from palm_rlhf.trainers.log import RunLog, plot_metrics, read_metrics, write_aside
+
+# What may change when a run is resumed, since no number depends on it.
+_FREE = {"out", "quiet", "save_every", "device"}
+
+
+class Run:
+    """A folder with config.json, metrics.jsonl, tensorboard/, curve.png and checkpoints/."""
+
+    def __init__(self, command: str, args: Any, line: str, grows: str = "steps") -> None:
+        """Looks whether the folder can be used; writes nothing.
+
+        Args:
+            command: such as "sft".
+            args: its dataclass, with the fields `out`, `quiet` and `save_every`.
+            line: the command line, to resume by.
+            grows: the field by which a finished run may go on.
+
+        Raises:
+            ValueError: `out` is something else, or a run that was begun with other flags.
+        """
+        self.folder, self.line, self.grows = Path(args.out), line, grows
+        self.progress, self.save_every = not args.quiet, args.save_every
+        self.config = {"command": command, **_flat(json.loads(json.dumps(asdict(args), default=str)))}
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self._check()
+
+    def _check(self) -> None:
+        if self.save_every < 1:
+            raise ValueError(f"--save-every must be at least 1, got {self.save_every}")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"--out {self.folder} is a file. Choose a folder.")
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        file = self.folder / "config.json"
+        try:
+            before = json.loads(file.read_bytes())
+            length = before[self.grows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--out {self.folder} is not empty and no run of palm-rlhf (it has no config.json of one). "
+                "Choose another folder."
+            ) from error
+        if self.checkpoints.last is None and before["command"] == self.config["command"]:
+            return  # nothing was learned yet
+        names = ["command", *sorted((before.keys() | self.config.keys()) - _FREE - {self.grows})]
+        changed = [name for name in names if before.get(name) != self.config.get(name)]
+        if changed:
+            name, now = changed[0], self.config.get(changed[0])
+            raise ValueError(
+                f"the run in {self.folder} was begun with {name} {before.get(name)}, and is to go on with "
+                f"{now}. Use the same flags (only --{self.grows} may grow), or another --out."
+            )
+        if self.config[self.grows] < length:
+            raise ValueError(
+                f"the run in {self.folder} was begun with {length} {self.grows}, and is to go on with "
+                f"{self.config[self.grows]}: they may only grow."
+            )
+
+    def train(
+        self, learner: loop.Learner, shown: Sequence[str], steps: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Trains to the end, which is the flag `steps` by default, and returns the metrics of all steps.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the text says where the checkpoint is and how to go on.
+            ValueError: training failed; the text says where the last checkpoint is.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_aside(self.folder / "config.json", json.dumps(self.config, indent=1).encode())
+        log = RunLog(self.folder, shown=shown)
+        try:
+            loop.run(
+                learner,
+                log,
+                self.checkpoints,
+                steps=self.config["steps"] if steps is None else steps,
+                save_every=self.save_every,
+                progress=self.progress,
+            )
+        except (loop.Interrupted, KeyboardInterrupt) as stopped:
+            raise KeyboardInterrupt(self._stopped(getattr(stopped, "step", None))) from stopped
+        except ValueError as error:
+            # The loop says itself what to do about a checkpoint.
+            if isinstance(error, CheckpointError) or self.checkpoints.last is None:
+                raise
+            raise ValueError(
+                f"{str(error).rstrip('.')}; the last checkpoint is {self.checkpoints.last}"
+            ) from error
+        return read_metrics(log.path)
+
+    def _stopped(self, step: int | None) -> str:
+        last = self.checkpoints.last
+        if last is None:
+            return "stopped before the first step; no checkpoint was written"
+        when = f"stopped after step {step}" if step is not None else "stopped at once"
+        return f"{when}; the checkpoint is {last}. Resume with: {self.line}"
+
+    def draw(self, rows: Sequence[dict[str, Any]], names: Sequence[str], caption: str) -> Path | None:
+        """curve.png; None, with a word on why, where matplotlib is not installed."""
+        try:
+            return plot_metrics(rows, names, self.folder / "curve.png", caption)
+        except ImportError:
+            print("no matplotlib here: no curve was drawn (pip install matplotlib)", file=sys.stderr)
+            return None
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """By the names of the flags, which know no nesting."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found.update(_flat(value) if isinstance(value, dict) else {name: value})
+    return found

@@ -1,0 +1,193 @@
+"""`palm-rlhf train ALGORITHM`: reinforcement with any row of the table of algorithms."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from palm_rlhf.algorithms.table import ALGORITHMS, Algorithm
+from palm_rlhf.commands.common import FACTORS, Loaded, load_function, load_model, make_task, save_model
+from palm_rlhf.commands.runs import Run
+from palm_rlhf.generation import Generation
+from palm_rlhf.models.value import Policy, ValueModel, frozen
+from palm_rlhf.rewards import ProgrammaticReward
+from palm_rlhf.tasks.calculator import Calculator
+from palm_rlhf.tasks.text import read_lines
+from palm_rlhf.tokens import Tokenizer, stop_token
+from palm_rlhf.trainers.log import write_aside
+from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
+
+ACTOR, CRITIC = "actor", "critic"
+
+
+@dataclass
+class Train:
+    """Sample responses, score them, and make the better ones more probable."""
+
+    model: Path
+    """Run or file to start from, such as that of palm-rlhf sft. It is the reference as well."""
+    out: Path
+    """Folder of the run. If it is there, the run goes on."""
+    task: Literal["calculator"] | None = None
+    """Prompts and rewards of this task; its held-out problems judge before and after."""
+    gsm8k: Path | None = None
+    """The same with the products among the calculator steps in GSM8K's train.jsonl."""
+    factors: tuple[int, int] = FACTORS
+    """Largest first and second factor in --task calculator."""
+    prompts_file: Path | None = None
+    """Prompts instead of a task's, one a line."""
+    reward: str | None = None
+    """FILE.py:function, called with the texts of a prompt and a response; returns a number."""
+    reward_model: Path | None = None
+    """Run of palm-rlhf reward."""
+    tokenizer: str | None = None
+    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
+    lora: bool = True
+    """Learn adapters for actor and critic on the frozen model; else all weights, with copies for others."""
+    lora_r: int = 8
+    """Rank of the adapters."""
+    online: Annotated[OnlineConfig, tyro.conf.arg(name="")] = field(default_factory=OnlineConfig)
+    eval_every: int = 20
+    """Steps between two looks at the held-out problems; 0: only before and after."""
+    save_every: int = 20
+    """Steps between checkpoints."""
+    device: str | None = None
+    """cpu or cuda; default: the GPU if there is one."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+def form(algorithm: Algorithm) -> type:
+    """The flags of an algorithm: those of all, and its own."""
+    own = field(default_factory=algorithm.options)
+    flags = Annotated[algorithm.options, tyro.conf.arg(name="")]
+    found = make_dataclass(f"Train_{algorithm.name}", [("options", flags, own)], bases=(Train,))
+    found.__doc__ = f"{algorithm.options.__doc__.strip()}\n\n{Train.__doc__}"
+    found.algorithm = algorithm
+    return found
+
+
+def overview() -> str:
+    """What `palm-rlhf train --help` prints."""
+    rows = (f"  {name:10}{row.options.__doc__.strip().splitlines()[0]}" for name, row in ALGORITHMS.items())
+    return (
+        "usage: palm-rlhf train ALGORITHM --model RUN --out FOLDER [flags]\n\nalgorithms:\n"
+        + "\n".join(rows)
+        + "\n\nflags: palm-rlhf train ALGORITHM --help\n"
+    )
+
+
+def run(args: Train, line: str) -> int:
+    """Trains, and writes the model with the adapters merged."""
+    folder = Run(f"train {args.algorithm.name}", args, line)
+    task = make_task(args.task, args.gsm8k, args.factors)
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    tokenizer = loaded.tokenizer
+    stop = stop_token(tokenizer, task.stop) if task else loaded.stop
+    prompts = [tokenizer.encode(prompt) for prompt in _prompts(args, task)]
+    torch.manual_seed(args.online.seed)  # of new adapters
+    reward = make_reward(args, task, tokenizer, stop)
+    online = args.online
+    if task is not None:
+        online = replace(online, max_new_tokens=min(online.max_new_tokens, task.max_new_tokens))
+    bound, longest = loaded.model.max_length, max(map(len, prompts)) + online.max_new_tokens
+    if bound is not None and longest > bound:
+        raise ValueError(
+            f"the longest prompt and --max-new-tokens {online.max_new_tokens} make {longest} tokens, and the "
+            f"model allows {bound}. Shorten the prompts or lower --max-new-tokens."
+        )
+
+    def accuracy(policy: Policy, generator: torch.Generator) -> dict[str, float]:
+        return task.evaluate(policy.model, policy.scope, tokenizer, generator)
+
+    trainer = OnlineTrainer(
+        args.algorithm,
+        **_models(args, loaded),
+        reward=reward,
+        prompts=prompts,
+        config=online,
+        options=args.options,
+        stop=stop,
+        pad=tokenizer.pad,
+        evaluate=accuracy if task is not None else None,
+        eval_every=args.eval_every,
+    )
+    rows = folder.train(trainer, ("reward", "kl", "accuracy"))
+    saved = save_model(folder.folder, Loaded(_merged(trainer.policy), tokenizer, stop))
+    drawn = _concluded(trainer, task, rows, folder)
+    curve = folder.draw(drawn, ("reward", "accuracy", "kl", "entropy", "response_tokens"), line)
+    print(f"model  {saved}\n" + (f"curve  {curve}\n" if curve else ""), end="")
+    return 0
+
+
+def _prompts(args: Train, task: Calculator | None) -> list[str]:
+    if (task is None) == (args.prompts_file is None):
+        raise ValueError("give one kind of prompts: --task calculator, --gsm8k FILE, or --prompts-file FILE")
+    return list(task.train) if task is not None else read_lines(args.prompts_file)
+
+
+def make_reward(
+    args: Any, task: Calculator | None, tokenizer: Tokenizer, stop: int
+) -> Callable[[Generation], Tensor]:
+    """The reward that flags name, or else the task's; ValueError where there is none, or more than one."""
+    if args.reward is not None and args.reward_model is not None:
+        raise ValueError("--reward and --reward-model exclude each other")
+    if args.reward_model is not None:
+        from palm_rlhf.commands.reward import load_reward
+
+        return load_reward(args.reward_model, tokenizer, on=args.device)
+    if args.reward is None and task is None:
+        raise ValueError("there is no reward: give --reward FILE.py:function or --reward-model RUN")
+    function = load_function(args.reward) if args.reward is not None else task.reward
+    return ProgrammaticReward(function, tokenizer, stop=stop)
+
+
+def _models(args: Train, loaded: Loaded) -> dict[str, Any]:
+    """Policy, reference and critic: adapters on one model, or a model each."""
+    model, needs = loaded.model, args.algorithm
+    if args.lora:
+        for scope in (ACTOR, *((CRITIC,) if needs.critic else ())):
+            model.add_finetune_params(scope, args.lora_r)
+        critic = ValueModel(model, CRITIC) if needs.critic else None
+        return {
+            "policy": Policy(model, ACTOR),
+            "reference": Policy(model) if needs.reference else None,
+            "critic": critic,
+        }
+    reference = Policy(frozen(copy.deepcopy(model))) if needs.reference else None
+    critic = ValueModel(copy.deepcopy(model)) if needs.critic else None
+    return {"policy": Policy(model), "reference": reference, "critic": critic}
+
+
+def _merged(policy: Policy) -> Any:
+    """The policy as a model without adapters of ours, so that it needs no scope to be used."""
+    if policy.scope is None:
+        return policy.model
+    model = copy.deepcopy(policy.model)
+    model.merge_finetune_params(ACTOR)
+    if CRITIC in model.finetune_modules:
+        model.remove_finetune_params(CRITIC)
+    return model
+
+
+def _concluded(trainer: OnlineTrainer, task: Calculator | None, rows: list[Any], folder: Run) -> list[Any]:
+    """Says, and keeps in result.json, what training brought; returns the metrics with both accuracies."""
+    first, last = rows[0]["reward"], rows[-1]["reward"]
+    found = {"steps": len(rows), "reward_first": first, "reward_last": last}
+    print(f"mean reward {first:.3f} in the first rollout, {last:.3f} in the last")
+    if task is not None:
+        before = rows[0]["accuracy_before"]
+        after = trainer.evaluate(trainer.policy, trainer.generators()["evaluation"])["accuracy"]
+        found |= {"accuracy_before": before, "accuracy_after": after, "held_out": len(task.held_out)}
+        print(f"accuracy on {len(task.held_out)} held-out problems: {before:.1%} before, {after:.1%} after")
+        rows = [{"step": 0, "accuracy": before}, *rows[:-1], {**rows[-1], "accuracy": after}]
+    write_aside(folder.folder / "result.json", json.dumps(found, indent=1).encode())
+    return rows

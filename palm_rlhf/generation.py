@@ -1,0 +1,263 @@
+"""Batched generation: prompts of any lengths, a cache, rows that stop, and what a learner must know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from palm_rlhf.models.protocol import CausalModel
+from rlhf_kernels import sample
+
+# Rows that have stopped are dropped from the cache once they are this share of it.
+_DROP = 0.25
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Prompts, padded on the left, and the responses to them, padded on the right.
+
+    Attributes:
+        tokens: [B, P + R] int64.
+        mask: [B, P + R] boolean, True where a token is real; a stop token is part of its response.
+        prompt_width: P.
+        logprob: [B, R], of each token at the sampling temperature, without truncation; 0 where masked.
+        log_mass: [B, R], log of the probability that top-k and top-p kept; 0 where masked.
+        stopped: [B], whether the response ended with a stop token.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    prompt_width: int
+    logprob: Tensor
+    log_mass: Tensor
+    stopped: Tensor
+
+    @property
+    def responses(self) -> Tensor:
+        """[B, R] tokens."""
+        return self.tokens[:, self.prompt_width :]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, R]."""
+        return self.mask[:, self.prompt_width :]
+
+    def response(self, row: int, *, without: Iterable[int] = ()) -> list[int]:
+        """One row's response, its padding and these tokens left out."""
+        found, left_out = self.responses[row][self.response_mask[row]].tolist(), set(without)
+        return [token for token in found if token not in left_out]
+
+    def prompt(self, row: int) -> list[int]:
+        """One row's prompt without its padding."""
+        return self.tokens[row, : self.prompt_width][self.mask[row, : self.prompt_width]].tolist()
+
+    def rows(self, index: Tensor | slice) -> Generation:
+        """Some of the rows."""
+        changed = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "prompt_width"}
+        return replace(self, **changed)
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int] | Tensor], pad: int = 0, device: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [B, P] of prompts that end together; ValueError for an empty one."""
+    rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
+    if not rows or not all(len(row) for row in rows):
+        which = next((i for i, row in enumerate(rows) if not len(row)), None)
+        raise ValueError(
+            "generate(): there are no prompts" if which is None else f"generate(): prompt {which} is empty"
+        )
+    width = max(map(len, rows))
+    tokens = torch.stack([F.pad(row, (width - len(row), 0), value=pad) for row in rows])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows])
+    return tokens.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def generate(
+    model: CausalModel,
+    prompts: Tensor | Sequence[Sequence[int] | Tensor],
+    *,
+    max_new_tokens: int,
+    mask: Tensor | None = None,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: int | Iterable[int] | None = None,
+    pad: int = 0,
+    generator: torch.Generator | None = None,
+    scope: str | None = None,
+    cache: bool = True,
+    on_token: Callable[[int], None] | None = None,
+) -> Generation:
+    """Continues every prompt until a stop token or `max_new_tokens`.
+
+    A row's random numbers are its own: they do not depend on when other rows stop.
+
+    Args:
+        model: a causal model; dropout is off, adapters of `scope` are merged for the time of the call.
+        prompts: lists of token ids, or a tensor [B, P] padded on the left with its `mask`.
+        max_new_tokens: tokens of a response at most, the stop token included.
+        mask: [B, P] boolean, True where a token is real; None where prompts are lists or without padding.
+        samples: responses to each prompt; those to one prompt are neighbours.
+        temperature, top_k, top_p: as in `rlhf_kernels.sample`; temperature 0 is greedy.
+        stop: token or tokens that end a response. One in the prompt ends nothing.
+        pad: token in the slots that are not real.
+        generator: of the random numbers.
+        scope: adapters to sample from.
+        cache: False computes every step from the start, to check the cache by.
+        on_token: called with the number of tokens a row so far, after every step.
+
+    Returns:
+        A Generation with [B * samples] rows.
+
+    Raises:
+        TypeError: prompts are floating-point.
+        ValueError: a prompt is empty, a token is out of range, or the model's greatest length is exceeded.
+    """
+    tokens, mask = _prompts(model, prompts, mask, max_new_tokens, pad, samples)
+    ends = [stop] if isinstance(stop, int) else sorted(stop or ())
+    for name, ids in (("stop", ends), ("pad", [pad])):
+        _in_vocabulary(model, name, ids)
+    stops = torch.tensor(ends, dtype=torch.int64, device=tokens.device)
+    policy = model.for_sampling(scope)
+    rows, width = tokens.shape
+    out = tokens.new_full((rows, width + max_new_tokens), pad)
+    out[:, :width] = tokens
+    real = F.pad(mask, (0, max_new_tokens))
+    found = torch.zeros(2, rows, max_new_tokens, device=tokens.device)
+    live = torch.arange(rows, device=tokens.device)  # rows still in the cache
+    ended = torch.zeros(rows, dtype=torch.bool, device=tokens.device)
+    kept = policy.new_cache(rows, width + max_new_tokens) if cache else None
+    fresh, fresh_mask = tokens, None if bool(mask.all()) else mask
+    head = policy.head
+    steps = 0
+    for step in range(max_new_tokens):
+        steps = step + 1
+        if kept is None:
+            whole = width + step
+            hidden = policy.hidden_states(out[:, :whole], mask=real[:, :whole])[:, -1]
+        else:
+            hidden = policy.hidden_states(fresh, mask=fresh_mask, cache=kept)[:, -1]
+        uniform = torch.rand(
+            rows, dtype=torch.float64, device=_device(generator, tokens), generator=generator
+        )
+        drawn = sample(
+            _logits(hidden, head),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            uniform=uniform.to(tokens.device)[live],
+        )
+        token, at = drawn[0], width + step
+        going = ~ended[live]
+        out[live, at] = torch.where(going, token, pad)
+        real[live, at] = going
+        found[0, live, step] = torch.where(going, drawn[1].float(), 0.0)
+        found[1, live, step] = torch.where(going, drawn[2].float(), 0.0)
+        if len(stops):
+            ended[live] |= torch.isin(token, stops)
+        if on_token is not None:
+            on_token(steps)
+        fresh, fresh_mask = out[live, at : at + 1], None
+        if len(stops):
+            going = ~ended[live]
+            remaining = int(going.sum())
+            if remaining == 0:
+                break
+            if kept is not None and remaining <= (1 - _DROP) * len(live):
+                keep = going.nonzero().squeeze(1)
+                kept.keep(keep)
+                live, fresh = live[keep], fresh[keep]
+    return Generation(
+        out[:, : width + steps],
+        real[:, : width + steps],
+        width,
+        found[0, :, :steps],
+        found[1, :, :steps],
+        ended,
+    )
+
+
+def _prompts(
+    model: CausalModel,
+    prompts: Tensor | Sequence[Sequence[int] | Tensor],
+    mask: Tensor | None,
+    max_new_tokens: int,
+    pad: int,
+    samples: int,
+) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [B * samples, P], checked."""
+    if isinstance(prompts, Tensor):
+        if prompts.dim() != 2 or prompts.numel() == 0:
+            raise ValueError(
+                f"generate(): prompts must be [batch, time] and not empty, got {tuple(prompts.shape)}"
+            )
+        if prompts.is_floating_point():
+            raise TypeError(f"generate(): prompts must be token ids, got {prompts.dtype}. Cast with .long().")
+        tokens = prompts.to(model.device, torch.int64)
+        mask = torch.ones_like(tokens) if mask is None else mask.to(model.device)
+        mask = mask.bool()
+        if mask.shape != tokens.shape or not bool(mask[:, -1].all()):
+            raise ValueError(
+                f"generate(): the mask must be {tuple(tokens.shape)} as the prompts are, with padding on the "
+                f"left, got {tuple(mask.shape)}"
+                + ("" if mask.shape != tokens.shape else " with padding at the end")
+            )
+    else:
+        tokens, mask = left_padded(prompts, pad, model.device)
+    real = tokens[mask]
+    _in_vocabulary(model, "token", [int(real.min()), int(real.max())])
+    if model.max_length is not None and tokens.shape[1] + max_new_tokens > model.max_length:
+        raise ValueError(
+            f"generate(): a prompt of {tokens.shape[1]} tokens and {max_new_tokens} new ones exceed the "
+            f"model's {model.max_length}. Shorten the prompt or lower max_new_tokens."
+        )
+    if max_new_tokens < 0 or samples < 1:
+        raise ValueError(
+            f"generate(): max_new_tokens and samples must be positive, got {max_new_tokens} and {samples}"
+        )
+    return tokens.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+
+
+def _in_vocabulary(model: CausalModel, name: str, ids: Iterable[int]) -> None:
+    for token in ids:
+        if not 0 <= token < model.num_tokens:
+            raise ValueError(
+                f"generate(): {name} ids must be from 0 to {model.num_tokens - 1}, got {token}. "
+                "Does the tokenizer belong to this model?"
+            )
+
+
+def _logits(hidden: Tensor, head: Any) -> Tensor:
+    logits = F.linear(hidden, head.weight, head.bias)
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def _device(generator: torch.Generator | None, like: Tensor) -> torch.device:
+    return like.device if generator is None else generator.device
+
+
+def best_of(
+    model: CausalModel,
+    prompts: Tensor | Sequence[Sequence[int] | Tensor],
+    reward: Callable[[Generation], Tensor],
+    *,
+    samples: int = 4,
+    **options: Any,
+) -> tuple[Generation, Tensor]:
+    """The best of so many responses to each prompt, and their rewards [B]; `options` are those of `generate`.
+
+    `reward` gives one number for each row of a Generation; of equal ones the first wins.
+    """
+    drawn = generate(model, prompts, samples=samples, **options)
+    scores = reward(drawn).view(-1, samples)
+    best = scores.argmax(1)
+    index = torch.arange(len(scores), device=best.device) * samples + best
+    return drawn.rows(index), scores.gather(1, best[:, None]).squeeze(1)

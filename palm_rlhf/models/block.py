@@ -1,0 +1,141 @@
+"""One block of PaLM: attention and feed-forward side by side, behind one norm."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from palm_rlhf.models.cache import KVCache
+from palm_rlhf.models.lora import BlockLoRA
+from rlhf_kernels import RotaryTables, attention, layer_norm, rms_norm, rotary, swiglu
+
+if TYPE_CHECKING:
+    from palm_rlhf.models.palm import PaLMConfig
+
+# Of queries and keys that are normalised to length 1.
+QK_SCALE = 8.0
+
+
+class Context(NamedTuple):
+    """What the blocks of one call share: tables, mask of the keys, and the cache with the slots to fill."""
+
+    tables: RotaryTables
+    key_mask: Tensor | None
+    cache: KVCache | None
+    slots: slice | None
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x)) + swiglu(norm(x))`, without biases.
+
+    Attributes:
+        gamma: [E], the norm's weight less 1.
+        fused: [H D + 2 D + 2 F, E]: queries, one key and one value head, and the feed-forward's two halves.
+        attn_out: [E, H D].
+        ff_out: [E, F].
+    """
+
+    def __init__(self, config: PaLMConfig, attn_dropout: float, ff_dropout: float) -> None:
+        super().__init__()
+        c = config
+        self.heads, self.dim_head, self.causal = c.heads, c.dim_head, c.causal
+        self.attn_dropout, self.ff_dropout = attn_dropout, ff_dropout
+        inner, ff_inner = c.heads * c.dim_head, c.dim * c.ff_mult
+        self.split = (inner + 2 * c.dim_head, ff_inner, ff_inner)
+        self.gamma = nn.Parameter(torch.zeros(c.dim))
+        # 1 + gamma, made once where gamma is fixed. Beside it: a block for sampling may be saved.
+        self.gain: Tensor | None = None
+        self.fused = nn.Linear(c.dim, sum(self.split), bias=False)
+        self.attn_out = nn.Linear(inner, c.dim, bias=False)
+        self.ff_out = nn.Linear(ff_inner, c.dim, bias=False)
+        self.normalized = c.qk_rmsnorm
+        self.scale = QK_SCALE if c.qk_rmsnorm and not c.compat else c.dim_head**-0.5
+        if c.qk_rmsnorm:
+            self.q_scale = nn.Parameter(torch.ones(c.dim_head))
+            self.k_scale = nn.Parameter(torch.ones(c.dim_head))
+
+    def forward(self, x: Tensor, context: Context, lora: BlockLoRA | None = None, layer: int = 0) -> Tensor:
+        """x [B, T, E] to the same, for the layer of that index in the context's cache."""
+        gamma, offset = (self.gamma, 1.0) if self.gain is None else (self.gain, 0.0)
+        normed = layer_norm(x, gamma, weight_offset=offset)
+        # Split weights, not results: the gradient of a split is a copy of the whole, and a product as wide
+        # as this with the few rows of a cached step has half the speed of three (MKL, from 2,048 columns on).
+        qkv, inner, gate = (F.linear(normed, weight) for weight in self.fused.weight.split(self.split))
+        if lora is not None:
+            qkv = qkv + lora.qkv(normed)
+        attended = self._attend(qkv, context, layer)
+        inner = swiglu(inner, gate)
+        if self.training and self.ff_dropout:
+            inner = F.dropout(inner, self.ff_dropout)
+        rows = _addmm(x.flatten(0, 1), attended.flatten(0, 1), self.attn_out.weight)
+        if lora is not None:
+            rows = rows + lora[3](attended.flatten(0, 1))
+        return _addmm(rows, inner.flatten(0, 1), self.ff_out.weight).view(x.shape)
+
+    def _attend(self, qkv: Tensor, context: Context, layer: int) -> Tensor:
+        """[B, T, H D]: what each head reads."""
+        batch, steps, _ = qkv.shape
+        heads = qkv.unflatten(-1, (self.heads + 2, self.dim_head)).transpose(1, 2)
+        q, k, v = heads.split((self.heads, 1, 1), dim=1)
+        if self.normalized:
+            q, k = self._unit(q, self.q_scale), self._unit(k, self.k_scale)
+        q, k = rotary(q, context.tables.query), rotary(k, context.tables.key)
+        if context.cache is not None:
+            k, v = context.cache.append(layer, context.slots, k, v)
+        if steps == 1:
+            # All heads of one step read the same keys: they are the queries of one head.
+            out = attention(q.transpose(1, 2), k, v, key_mask=context.key_mask, scale=self.scale)
+            return out.reshape(batch, 1, self.heads * self.dim_head)
+        if self.training and self.attn_dropout:
+            out = self._with_dropout(q, k, v, context.key_mask)
+        else:
+            out = attention(q, k, v, causal=self.causal, key_mask=context.key_mask, scale=self.scale)
+        return out.transpose(1, 2).reshape(batch, steps, self.heads * self.dim_head)
+
+    def _unit(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x / |x| * weight, by the norm that divides by |x| / sqrt(D)."""
+        return rms_norm(x, weight * self.dim_head**-0.5, eps=1e-26)
+
+    def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """PyTorch's own attention, since the kernel has no dropout; a row that sees nothing is cleared."""
+        see = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        see = (see.tril(k.shape[2] - q.shape[2]) if self.causal else see)[None, None]
+        if key_mask is not None:
+            see = see & key_mask[:, None, None]
+        empty = ~see.any(-1, keepdim=True)
+        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=see | empty, dropout_p=self.attn_dropout, scale=self.scale
+        )
+        return out.masked_fill(empty, 0)
+
+    @torch.no_grad()
+    def merge_(self, lora: BlockLoRA) -> None:
+        """Adds the adapters to the weights."""
+        self.fused.weight[: self.split[0]].add_(lora.added_to_qkv())
+        self.attn_out.weight.add_(lora.added_to_output())
+
+    @torch.no_grad()
+    def merged(self, lora: BlockLoRA | None) -> Block:
+        """A block in evaluation mode with the adapters in its weights; the other weights are shared."""
+        twin = copy.copy(self)
+        twin.training, twin._modules = False, dict(self._modules)
+        twin.gain = self.gamma.float() + 1
+        if lora is not None:
+            for name in ("fused", "attn_out"):
+                linear = twin._modules[name] = copy.copy(self._modules[name])
+                linear._parameters = {
+                    **linear._parameters,
+                    "weight": nn.Parameter(linear.weight.clone(), False),
+                }
+            twin.merge_(lora)
+        return twin
+
+
+def _addmm(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """x + rows @ weight^T."""
+    return torch.addmm(x, rows, weight.t())

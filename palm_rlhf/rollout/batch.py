@@ -1,0 +1,79 @@
+"""A batch of responses on its way from the sampler to the update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from palm_rlhf.generation import Generation
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses with their rewards. B responses of at most R tokens; what is not needed is None.
+
+    Attributes:
+        generation: tokens, mask, and the log-probability recorded while sampling: the ratio is taken to it.
+        temperature: that of the sampler, by which the learner divides its logits as well.
+        score: [B], one number for each response.
+        reference_logprob: [B, R], of the same tokens under the reference policy.
+        values: [B, R], the critic's, before each token.
+        advantages, returns: [B, R], from the estimator.
+    """
+
+    generation: Generation
+    temperature: float
+    score: Tensor
+    reference_logprob: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    @property
+    def logprob(self) -> Tensor:
+        """[B, R], recorded while sampling."""
+        return self.generation.logprob
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, R] boolean, True where a token of the response is real."""
+        return self.generation.response_mask
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def rows(self, index: Tensor | slice) -> Rollout:
+        """Some of the responses."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value[index] for name, value in found.items() if isinstance(value, Tensor)}
+        return replace(self, generation=self.generation.rows(index), **tensors)
+
+    def trimmed(self) -> Rollout:
+        """Without the columns that are padding in every row, on either side."""
+        g = self.generation
+        first, length = (
+            int(g.mask.any(0).to(torch.uint8).argmax()),
+            int(self.mask.sum(1).max()) if len(self) else 0,
+        )
+        first = min(first, g.prompt_width - 1)
+        end = g.prompt_width + length
+        cut = replace(
+            g, tokens=g.tokens[:, first:end], mask=g.mask[:, first:end], prompt_width=g.prompt_width - first,
+            logprob=g.logprob[:, :length], log_mass=g.log_mass[:, :length],
+        )  # fmt: skip
+        names = ("reference_logprob", "values", "advantages", "returns")
+        by_token = {name: x[:, :length] for name in names if (x := getattr(self, name)) is not None}
+        return replace(self, generation=cut, **by_token)
+
+    def minibatches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Rollout]:
+        """All responses once, in a fresh order, `size` at a time."""
+        for index in torch.randperm(len(self), generator=generator).split(size):
+            yield self.rows(index.to(self.score.device))
+
+    def micro_batches(self, size: int | None) -> Iterator[Rollout]:
+        """All responses once, in order, at most `size` at a time, without padding that they do not need."""
+        for start in range(0, len(self), size or len(self)):
+            yield self.rows(slice(start, start + (size or len(self)))).trimmed()

@@ -1,0 +1,158 @@
+"""Preferences in files of JSON lines: pairs of a better and a worse response, or texts with a label."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from palm_rlhf.tasks.text import read_text
+
+EXPECTED = 'Each line is {"chosen": text, "rejected": text} or {"text": text, "label": number}.'
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses, of which the first was preferred.
+
+    Attributes:
+        chosen, rejected: the responses; whole dialogues where there is no prompt.
+        prompt: what both respond to; may be empty.
+        margin: by how much the chosen one is better, in units of the reward.
+    """
+
+    chosen: str
+    rejected: str
+    prompt: str = ""
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text with a number: its bin, or its worth.
+
+    Attributes:
+        text: the response, or all of it.
+        label: finite.
+        prompt: what the text responds to; may be empty.
+    """
+
+    text: str
+    label: float
+    prompt: str = ""
+
+
+Example = TypeVar("Example", Pair, Labelled)
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Pairs from JSON lines, gzipped or not; ValueError names the line that is none.
+
+    Left out are blank lines, and pairs of equal responses, which say nothing.
+    """
+    return [pair for pair in _read(path, Pair) if pair.chosen != pair.rejected]
+
+
+def read_labelled(path: str | Path) -> list[Labelled]:
+    """Texts with their labels from JSON lines, gzipped or not; ValueError names the line that is none."""
+    return _read(path, Labelled)
+
+
+def read_examples(path: str | Path) -> list[Pair] | list[Labelled]:
+    """What the first line holds, pairs or labelled texts; ValueError names the line that does not fit."""
+    for number, row in _rows(path):
+        if "chosen" in row:
+            return read_pairs(path)
+        if "text" in row:
+            return read_labelled(path)
+        raise ValueError(f'{path}, line {number}: there is neither "chosen" nor "text". {EXPECTED}')
+    raise ValueError(f"{path} has no lines. {EXPECTED}")
+
+
+def split_examples(
+    examples: Sequence[Example], held_out: float = 0.1, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and examples to judge by, in the order that they came in.
+
+    Examples with the same prompt stay together: a prompt that was trained on would flatter the judgement.
+
+    Raises:
+        ValueError: the share leaves one side empty.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(example.prompt or index, []).append(index)
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    members = list(groups.values())
+    held: set[int] = set()
+    for place in order:
+        if len(held) >= round(len(examples) * held_out):
+            break
+        held.update(members[place])
+    if not 0 < len(held) < len(examples):
+        raise ValueError(
+            f"held_out={held_out} of {len(examples)} examples with {len(groups)} prompts leaves one side "
+            "empty. Choose a share inside (0, 1), or give more examples."
+        )
+    train = [example for index, example in enumerate(examples) if index not in held]
+    return train, [examples[index] for index in sorted(held)]
+
+
+def _rows(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """Line numbers from 1, and objects."""
+    rows = []
+    # Not splitlines(): it breaks at separators that JSON allows inside strings.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: no JSON: {error.msg} at column {error.colno}. {EXPECTED}"
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}, line {number}: expected an object, got {type(row).__name__}. {EXPECTED}"
+            )
+        rows.append((number, row))
+    return rows
+
+
+def _read(path: str | Path, kind: type[Example]) -> list[Example]:
+    texts = ("chosen", "rejected") if kind is Pair else ("text",)
+    found = []
+    for number, row in _rows(path):
+        where = f"{path}, line {number}"
+        fields: dict[str, Any] = {name: _text(row, name, where) for name in texts}
+        if row.get("prompt") is not None:
+            fields["prompt"] = _text(row, "prompt", where)
+        if kind is Labelled or row.get("margin") is not None:
+            name = "label" if kind is Labelled else "margin"
+            fields[name] = _number(row, name, where)
+        found.append(kind(**fields))
+    return found
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    if name not in row:
+        raise ValueError(f'{where}: "{name}" is missing. {EXPECTED}')
+    if not isinstance(row[name], str):
+        raise ValueError(f'{where}: "{name}" must be a text, got {type(row[name]).__name__}. {EXPECTED}')
+    if not row[name] and name != "prompt":
+        raise ValueError(f'{where}: "{name}" is empty. Leave the line out, or give it a text.')
+    return row[name]
+
+
+def _number(row: dict[str, Any], name: str, where: str) -> float:
+    if name not in row:
+        raise ValueError(f'{where}: "{name}" is missing. {EXPECTED}')
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f'{where}: "{name}" must be a finite number, got {value!r}. {EXPECTED}')
+    return float(value)

@@ -1,0 +1,1 @@
+"""Loops that train: they know steps, checkpoints and metrics, and no algorithm by name."""

@@ -1,0 +1,292 @@
+"""Training on what the policy itself samples. Which algorithm it is stands in the table, not here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from palm_rlhf.algorithms.objectives import masked_mean
+from palm_rlhf.algorithms.table import Algorithm, Outputs
+from palm_rlhf.generation import Generation, generate
+from palm_rlhf.models.value import Policy, ValueModel, no_dropout
+from palm_rlhf.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """How rollouts are sampled and updates made, whatever the algorithm."""
+
+    prompts: int = 64
+    """Prompts in a rollout."""
+    samples: int = 1
+    """Responses to each prompt."""
+    max_new_tokens: int = 64
+    """Tokens of a response at most."""
+    temperature: float = 1.0
+    """Divides the logits, in the sampler and in the learner."""
+    top_k: int | None = None
+    """Sample from so many of the most probable tokens; None: from all."""
+    top_p: float | None = None
+    """Sample from the smallest set of tokens with this probability; None: from all."""
+    missing_stop_score: float | None = None
+    """Score of a response that did not stop by itself; None: its reward."""
+    epochs: int = 1
+    """Passes over a rollout."""
+    minibatch: int = 64
+    """Responses in one update."""
+    micro_batch: int | None = None
+    """Responses in one forward pass, to save memory; None: the minibatch."""
+    policy_lr: float = 1e-4
+    """Learning rate of the policy."""
+    critic_lr: float = 1e-4
+    """Learning rate of the critic."""
+    warmup: int = 0
+    """Rollouts over which the learning rates rise."""
+    critic_warmup: int = 0
+    """Rollouts on which the critic learns alone, before the policy does as well."""
+    max_grad_norm: float | None = 1.0
+    """Clip gradients to this norm, policy and critic apart; None: not."""
+    anneal: bool = True
+    """Let the learning rates fall to 0 over the run."""
+    steps: int = 100
+    """Rollouts in all."""
+    seed: int = 0
+    """Of prompts, sampling and minibatches."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "samples", "max_new_tokens", "epochs", "minibatch", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}: a greedy policy has no "
+                "log-probabilities to learn from"
+            )
+
+
+class OnlineTrainer:
+    """A `Learner`: rollout, reward, advantages, updates."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        policy: Policy,
+        reward: Callable[[Generation], Tensor],
+        prompts: Sequence[Sequence[int]],
+        *,
+        config: OnlineConfig,
+        options: Any = None,
+        reference: Policy | None = None,
+        critic: ValueModel | None = None,
+        stop: int | None = None,
+        pad: int = 0,
+        evaluate: Callable[[Policy, torch.Generator], Mapping[str, float]] | None = None,
+        eval_every: int = 0,
+    ) -> None:
+        """
+        Args:
+            algorithm: a row of `algorithms.table.ALGORITHMS`.
+            policy: what learns. Dropout is turned off in it, and in reference and critic.
+            reward: maps a Generation to [B]; a reward model or a ProgrammaticReward.
+            prompts: token ids.
+            config: sizes and rates. options: the algorithm's, its defaults if None.
+            reference: what the KL divergence is to; may share the policy's weights where that has adapters.
+            critic: where the algorithm needs one.
+            stop, pad: tokens.
+            evaluate: called before the first step and every `eval_every` steps; what it returns is logged.
+
+        Raises:
+            ValueError: there are no prompts, or what the algorithm needs is missing.
+        """
+        if not prompts:
+            raise ValueError("there are no prompts to learn from")
+        for needed, given in (("critic", critic), ("reference", reference)):
+            if getattr(algorithm, needed) and given is None:
+                raise ValueError(f"{algorithm.name} needs a {needed}, got none")
+        self.name, self.algorithm, self.config = algorithm.name, algorithm, config
+        self.options = algorithm.options() if options is None else options
+        self.policy, self.reference, self.critic = policy, reference, critic
+        self.reward, self.prompts, self.stop, self.pad = reward, [list(p) for p in prompts], stop, pad
+        self.evaluate, self.eval_every = evaluate, eval_every
+        no_dropout(*(model for model in (policy, reference, critic) if model is not None))
+        seeds = torch.Generator().manual_seed(config.seed)
+        self._generators = {
+            name: torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=seeds)))
+            for name in ("prompts", "sampling", "minibatches", "evaluation")
+        }
+        self._queue: list[int] = []
+        self._require_gradients()
+        # Larger than PyTorch's default: TensorFlow's Adam, with which PPO was tuned, divides by more.
+        self._optimizers = {"policy": torch.optim.Adam(list(policy.trained()), lr=config.policy_lr, eps=1e-5)}
+        if critic is not None:
+            self._optimizers["critic"] = torch.optim.Adam(
+                list(critic.trained()), lr=config.critic_lr, eps=1e-5
+            )
+
+    def _require_gradients(self) -> None:
+        """Only what learns has gradients: with adapters the backbone has none."""
+        parts = [part for part in (self.policy, self.critic) if part is not None]
+        trained = {id(p) for part in parts for p in part.trained()}
+        for part in (*parts, self.reference):
+            for parameter in part.parameters() if part is not None else ():
+                parameter.requires_grad_(id(parameter) in trained)
+
+    def step(self, index: int) -> dict[str, float]:
+        """One rollout and the updates on it."""
+        metrics: dict[str, float] = {}
+        if self.evaluate is not None and index == 0:
+            metrics |= {f"{name}_before": value for name, value in self._evaluated().items()}
+        began = time.perf_counter()
+        rollout = self.rollout()
+        sampled = time.perf_counter()
+        rollout = self.estimated(rollout)
+        estimated = time.perf_counter()
+        metrics |= self.update(rollout, index)
+        metrics |= self._describe(rollout)
+        metrics |= {
+            "rollout_seconds": sampled - began,
+            "scoring_seconds": estimated - sampled,
+            "update_seconds": time.perf_counter() - estimated,
+        }
+        if self.evaluate is not None and self.eval_every and (index + 1) % self.eval_every == 0:
+            metrics |= self._evaluated()
+        return metrics
+
+    def _evaluated(self) -> dict[str, float]:
+        return dict(self.evaluate(self.policy, self._generators["evaluation"]))
+
+    def next_prompts(self) -> list[list[int]]:
+        """Every prompt once before any comes again, in a fresh order each time."""
+        while len(self._queue) < self.config.prompts:
+            self._queue += torch.randperm(len(self.prompts), generator=self._generators["prompts"]).tolist()
+        taken, self._queue = self._queue[: self.config.prompts], self._queue[self.config.prompts :]
+        return [self.prompts[i] for i in taken]
+
+    def rollout(self) -> Rollout:
+        """Responses to the next prompts, with their scores."""
+        c = self.config
+        generation = generate(
+            self.policy.model, self.next_prompts(), max_new_tokens=c.max_new_tokens, samples=c.samples,
+            temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop, pad=self.pad,
+            generator=self._generators["sampling"], scope=self.policy.scope,
+        )  # fmt: skip
+        score = self.reward(generation).float()
+        if not bool(torch.isfinite(score).all()):
+            raise ValueError(
+                f"a reward is not finite: {score.tolist()[:8]}. Check the reward model or function."
+            )
+        if c.missing_stop_score is not None:
+            score = torch.where(generation.stopped, score, c.missing_stop_score)
+        return Rollout(generation, c.temperature, score)
+
+    @torch.no_grad()
+    def estimated(self, rollout: Rollout) -> Rollout:
+        """The rollout with reference log-probabilities, values, advantages and returns."""
+        found: dict[str, list[Tensor]] = {"reference_logprob": [], "values": []}
+        for part in rollout.micro_batches(self.config.micro_batch or self.config.minibatch):
+            widen = lambda x, part=part: torch.nn.functional.pad(x, (0, rollout.mask.shape[1] - x.shape[1]))  # noqa: E731
+            if self.algorithm.reference:
+                found["reference_logprob"].append(widen(self._scored(self.reference, part)[0]))
+            if self.algorithm.critic:
+                found["values"].append(widen(self._values(part)))
+        rollout = replace(rollout, **{name: torch.cat(parts) for name, parts in found.items() if parts})
+        advantages, returns = self.algorithm.estimator(rollout, self.options)
+        return replace(rollout, advantages=advantages, returns=returns)
+
+    def _scored(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        g = rollout.generation
+        return policy(g.tokens, g.mask, g.prompt_width, rollout.temperature)
+
+    def _values(self, rollout: Rollout) -> Tensor:
+        """[B, R]: the value of the state before each token of the response."""
+        g = rollout.generation
+        return self.critic(g.tokens, g.mask)[:, g.prompt_width - 1 : -1]
+
+    def outputs(self, rollout: Rollout) -> Outputs:
+        """What the learner finds for these responses now."""
+        logprob, entropy = self._scored(self.policy, rollout)
+        return Outputs(logprob, entropy, self._values(rollout) if self.algorithm.critic else None)
+
+    def update(self, rollout: Rollout, index: int) -> dict[str, float]:
+        """All epochs over a rollout; the means of what the updates found."""
+        self._set_rates(index)
+        sums: dict[str, Tensor] = {}
+        updates = 0
+        for minibatch in self._minibatches(rollout):
+            count = minibatch.mask.sum()
+            for part in minibatch.micro_batches(self.config.micro_batch):
+                loss = self.algorithm.objective(part, self.outputs(part), self.options, count)
+                loss.total.backward()
+                for name, value in loss.metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value
+            self._apply(index)
+            updates += 1
+        return {name: float(value) / updates for name, value in sums.items()}
+
+    def _minibatches(self, rollout: Rollout) -> Iterator[Rollout]:
+        for _ in range(self.config.epochs):
+            yield from rollout.minibatches(self.config.minibatch, self._generators["minibatches"])
+
+    def _set_rates(self, index: int) -> None:
+        c = self.config
+        rates = {"policy": c.policy_lr, "critic": c.critic_lr}
+        share = (1 - index / c.steps if c.anneal else 1.0) * min(1.0, (index + 1) / (c.warmup + 1))
+        for name, optimizer in self._optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name] * max(share, 0.0)
+
+    def _apply(self, index: int) -> None:
+        for name, optimizer in self._optimizers.items():
+            if self.config.max_grad_norm is not None:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+            if name != "policy" or index >= self.config.critic_warmup:
+                optimizer.step()
+            optimizer.zero_grad()
+
+    def _describe(self, rollout: Rollout) -> dict[str, float]:
+        g, mask = rollout.generation, rollout.mask
+        found = {
+            "reward": rollout.score.mean(),
+            "response_tokens": mask.sum(1).float().mean(),
+            "stopped": g.stopped.float().mean(),
+            "log_mass": masked_mean(g.log_mass, mask),
+        }
+        if rollout.reference_logprob is not None:
+            found["kl"] = masked_mean(rollout.logprob - rollout.reference_logprob, mask)
+        if rollout.returns is not None and rollout.values is not None:
+            error = masked_mean((rollout.returns - rollout.values).square(), mask)
+            spread = masked_mean((rollout.returns - masked_mean(rollout.returns, mask)).square(), mask)
+            found["explained_variance"] = 1 - error / spread.clamp(min=1e-8)
+        return {name: float(value) for name, value in found.items()}
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The policy's model, with all its adapters; the critic's too where it is another, and its head."""
+        found = {"policy": self.policy.model}
+        if self.critic is not None:
+            shared = self.critic.model is self.policy.model
+            found["critic"] = self.critic.value_head if shared else self.critic
+        if self.reference is not None and self.reference.model is not self.policy.model:
+            found["reference"] = self.reference.model
+        return found
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Of policy and critic."""
+        return self._optimizers
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Of prompts, sampling, minibatches and evaluation."""
+        return self._generators
+
+    def extra_state(self) -> dict[str, Any]:
+        """The prompts that this round still has to come to."""
+        return {"queue": list(self._queue)}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes that back."""
+        self._queue = list(state["queue"])

@@ -1,0 +1,215 @@
+"""Supervised fine-tuning, and training from nothing: the next token of given texts."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from palm_rlhf.algorithms.objectives import masked_mean
+from palm_rlhf.models.protocol import CausalModel
+from palm_rlhf.models.value import Policy
+from palm_rlhf.tasks.text import Samples
+from rlhf_kernels import linear_logprob
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """How texts are learned."""
+
+    steps: int = 500
+    """Updates in all."""
+    batch: int = 32
+    """Samples in one forward pass."""
+    accumulate: int = 1
+    """Forward passes in one update."""
+    lr: float = 1e-3
+    """Highest learning rate."""
+    warmup: int = 20
+    """Updates over which the learning rate rises to it."""
+    final_lr: float = 0.1
+    """Share of it that is left at the end of a cosine; 1 keeps it constant."""
+    weight_decay: float = 0.1
+    """AdamW's, of matrices; norms have none."""
+    beta2: float = 0.95
+    """AdamW's decay of squared gradients; the other is 0.9."""
+    max_grad_norm: float | None = 1.0
+    """Clip gradients to this norm; None: not."""
+    eval_every: int = 50
+    """Updates between two looks at the samples held back; the last update is always followed by one."""
+    eval_samples: int = 256
+    """Samples held back that are looked at, at most."""
+    seed: int = 0
+    """Of the order of samples."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "eval_every", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"final_lr is a share of lr from 0 to 1, got {self.final_lr}")
+
+    def rate(self, index: int) -> float:
+        """The learning rate of the update with this index: linear warm-up, then half a cosine."""
+        if index < self.warmup:
+            return self.lr * (index + 1) / (self.warmup + 1)
+        done = (index - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+
+
+def next_token_logprob(model: CausalModel, tokens: Tensor, mask: Tensor, scope: str | None = None) -> Tensor:
+    """[B, T - 1]: log-probability of tokens[:, 1:] in float32, each given those before it; 0 where masked."""
+    real = mask[:, 1:]
+    hidden = model.hidden_states(tokens[:, :-1], mask=None if bool(mask.all()) else mask[:, :-1], scope=scope)
+    target, head = tokens[:, 1:].masked_fill(~real, IGNORED), model.head
+    found, _ = linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1]), head.weight, target.reshape(-1),
+        bias=head.bias, softcap=head.softcap, ignore_index=IGNORED,
+    )  # fmt: skip
+    return found.view(target.shape)
+
+
+class SFTTrainer:
+    """A `Learner`: cross entropy of the next token, AdamW, warm-up and cosine."""
+
+    name = "sft"
+
+    def __init__(
+        self,
+        model: CausalModel,
+        samples: Samples,
+        held_back: Samples | None,
+        config: SFTConfig,
+        scope: str | None = None,
+    ) -> None:
+        """
+        Args:
+            model: learns; with a `scope`, its adapters of that name do.
+            samples: what to imitate.
+            held_back: what `validation_loss` is of; None or empty: it is not logged.
+            config: sizes and rates.
+
+        Raises:
+            ValueError: there are no samples, or they are longer than the model allows.
+        """
+        if not len(samples):
+            raise ValueError("there are no samples to learn from")
+        longest = int(samples.lengths.max()) - 1
+        if model.max_length is not None and longest > model.max_length:
+            raise ValueError(
+                f"samples of {longest} tokens exceed the model's {model.max_length}. Lower the length."
+            )
+        self.model, self.scope, self.config = model, scope, config
+        self.samples, self.held_back = (
+            samples,
+            held_back if held_back is not None and len(held_back) else None,
+        )
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._generator = torch.Generator().manual_seed(config.seed)
+        learned = {id(p) for p in Policy(model, scope).trained()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in learned)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+
+    def step(self, index: int) -> dict[str, float]:
+        """One update."""
+        c = self.config
+        began = time.perf_counter()
+        self.model.train()
+        batches = [self._batch(self.samples, self._next_indices()) for _ in range(c.accumulate)]
+        # Of the whole update: with a mean for each part, tokens in short samples would weigh more.
+        count = sum(int(learned.sum()) for _, _, learned in batches)
+        rate = c.rate(index)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        loss = 0.0
+        for batch in batches:
+            part = self._loss_sum(*batch) / count
+            part.backward()
+            loss += float(part.detach())
+        norm = nn.utils.clip_grad_norm_(
+            [p for group in self._optimizer.param_groups for p in group["params"]],
+            math.inf if c.max_grad_norm is None else c.max_grad_norm,
+        )
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {index + 1}. Lower the learning rate ({c.lr}).")
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        found = {"loss": loss, "lr": rate, "grad_norm": float(norm)}
+        found["tokens_per_second"] = count / (time.perf_counter() - began)
+        if self.held_back is not None and ((index + 1) % c.eval_every == 0 or index + 1 == c.steps):
+            found["validation_loss"] = self.validation_loss()
+            found["validation_perplexity"] = math.exp(min(found["validation_loss"], 700.0))
+        return found
+
+    def _batch(self, samples: Samples, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, mask, and which tokens are learned: [B, L] each."""
+        tokens, mask = samples.batch(index)
+        return tuple(x.to(self.model.device) for x in (tokens, mask, samples.learned(index, mask)))
+
+    def _loss_sum(self, tokens: Tensor, mask: Tensor, learned: Tensor) -> Tensor:
+        return -masked_mean(next_token_logprob(self.model, tokens, mask, self.scope), learned[:, 1:], 1.0)
+
+    def _next_indices(self) -> Tensor:
+        """Every sample once before any comes again, in a fresh order each time."""
+        while len(self._order) < self.config.batch:
+            self._order = torch.cat(
+                [self._order, torch.randperm(len(self.samples), generator=self._generator)]
+            )
+        taken, self._order = self._order.split((self.config.batch, len(self._order) - self.config.batch))
+        return taken
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean negative log-probability of the tokens held back, in nats; its exponential is the perplexity.
+
+        Raises:
+            ValueError: nothing is held back.
+        """
+        if self.held_back is None:
+            raise ValueError("validation_loss: no samples are held back")
+        self.model.eval()
+        total, count = 0.0, 0
+        for index in torch.arange(min(len(self.held_back), self.config.eval_samples)).split(
+            self.config.batch
+        ):
+            batch = self._batch(self.held_back, index)
+            total += float(self._loss_sum(*batch))
+            count += int(batch[2].sum())
+        return total / count
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The model."""
+        return {"model": self.model}
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """AdamW."""
+        return {"model": self._optimizer}
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """Of the order of samples."""
+        return {"order": self._generator}
+
+    def extra_state(self) -> dict[str, Any]:
+        """The samples that this round still has to come to."""
+        # A copy: a slice would be saved with all that it is a slice of.
+        return {"order": self._order.clone()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes that back."""
+        self._order = state["order"].clone()
