@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,7 +171,7 @@ def plot_metrics(
         axes.grid(alpha=0.3)
         axes.set_xlabel("step" if name == there[-1] else "")
     if caption:
-        figure.suptitle(caption, fontsize=9)
+        figure.suptitle(textwrap.fill(caption, 100), fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     return write_aside(path, picture.getvalue())
