@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf.models import packed
 from palm_rlhf.models.cache import KVCache
+from palm_rlhf.models.linear import linear, pack, packed_linear
 from palm_rlhf.models.lora import BlockLoRA
 from rlhf_kernels import RotaryTables, attention, layer_norm, rms_norm, rotary, swiglu
 
@@ -65,21 +65,21 @@ class Block(nn.Module):
         gamma, offset = (self.gamma, 1.0) if self.gain is None else (self.gain, 0.0)
         normed = layer_norm(x, gamma, weight_offset=offset)
         if self.packed:
-            qkv, inner, gate = packed.linear(normed, self.packed["fused"]).split(self.split, dim=-1)
-            attended = packed.linear(self._attend(qkv, context, layer), self.packed["attn_out"])
-            return attended.add_(x).add_(packed.linear(swiglu(inner, gate), self.packed["ff_out"]))
+            qkv, inner, gate = packed_linear(normed, self.packed["fused"]).split(self.split, dim=-1)
+            attended = packed_linear(self._attend(qkv, context, layer), self.packed["attn_out"])
+            return x + attended + packed_linear(swiglu(inner, gate), self.packed["ff_out"])
         # Split weights, not results: the gradient of a split is a copy of the whole.
-        qkv, inner, gate = (F.linear(normed, weight) for weight in self.fused.weight.split(self.split))
+        qkv, inner, gate = (linear(normed, weight) for weight in self.fused.weight.split(self.split))
         if lora is not None:
             qkv = qkv + lora.qkv(normed)
         attended = self._attend(qkv, context, layer)
         inner = swiglu(inner, gate)
         if self.training and self.ff_dropout:
             inner = F.dropout(inner, self.ff_dropout)
-        rows = _addmm(x.flatten(0, 1), attended.flatten(0, 1), self.attn_out.weight)
+        x = x + linear(attended, self.attn_out.weight)
         if lora is not None:
-            rows = rows + lora[3](attended.flatten(0, 1))
-        return _addmm(rows, inner.flatten(0, 1), self.ff_out.weight).view(x.shape)
+            x = x + lora[3](attended)
+        return x + linear(inner, self.ff_out.weight)
 
     def _attend(self, qkv: Tensor, context: Context, layer: int) -> Tensor:
         """[B, T, H D]: what each head reads."""
@@ -132,17 +132,9 @@ class Block(nn.Module):
         twin.gain = self.gamma.float() + 1
         if lora is not None:
             for name in ("fused", "attn_out"):
-                linear = twin._modules[name] = copy.copy(self._modules[name])
-                linear._parameters = {
-                    **linear._parameters,
-                    "weight": nn.Parameter(linear.weight.clone(), False),
-                }
+                own = twin._modules[name] = copy.copy(self._modules[name])
+                own._parameters = {"weight": nn.Parameter(own.weight.clone(), False), "bias": None}
             twin.merge_(lora)
-        copies = {name: packed.pack(twin._modules[name].weight) for name in ("fused", "attn_out", "ff_out")}
+        copies = {name: pack(twin._modules[name].weight) for name in ("fused", "attn_out", "ff_out")}
         twin.packed = {} if None in copies.values() else copies
         return twin
-
-
-def _addmm(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """x + rows @ weight^T."""
-    return torch.addmm(x, rows, weight.t())
