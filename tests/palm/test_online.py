@@ -1,0 +1,147 @@
+"""The online trainer: prompts in turn, rates, critics, what it needs and what it leaves alone."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from palm_rlhf.algorithms.table import ALGORITHMS
+from palm_rlhf.models.value import Policy, ValueModel, frozen
+from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
+
+PPO = ALGORITHMS["ppo"]
+PROMPTS = [[3, 4], [5], [6, 7, 8], [9, 3], [4, 4, 4]]
+CONFIG = OnlineConfig(prompts=4, max_new_tokens=5, minibatch=2, steps=4, policy_lr=1e-3, critic_lr=1e-3)
+
+
+def ones(generation):
+    """One point for every token 3."""
+    return ((generation.responses == 3) & generation.response_mask).sum(1).float()
+
+
+def trainer(make_palm, config=CONFIG, reward=ones, lora=True, **options):
+    model = make_palm(finetune_scopes=("actor", "critic") if lora else ())
+    parts = {"policy": Policy(model, "actor" if lora else None)}
+    parts["reference"] = Policy(model if lora else frozen(copy.deepcopy(model)))
+    parts["critic"] = ValueModel(model, "critic") if lora else ValueModel(copy.deepcopy(model))
+    given = parts | options
+    return OnlineTrainer(PPO, given.pop("policy"), reward, PROMPTS, config=config, stop=2, **given)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_every_prompt_comes_once_before_any_comes_again(make_palm):
+    one = trainer(make_palm)
+    drawn = [tuple(p) for _ in range(5) for p in one.next_prompts()]
+    for start in range(0, 20, 5):
+        assert set(drawn[start : start + 5]) == {tuple(p) for p in PROMPTS}
+
+
+def test_with_adapters_the_backbone_stays_as_it_is(make_palm):
+    one = trainer(make_palm)
+    before = state(one.policy.model)
+    one.step(0)
+    moved = changed(before, state(one.policy.model))
+    assert {name.split(".")[1] for name in moved} == {"actor", "critic"}
+    assert all(name.startswith("finetune_modules") for name in moved)
+    assert one.critic.value_head.weight.any()
+
+
+def test_without_adapters_the_reference_stays_and_policy_and_critic_go_their_own_ways(make_palm):
+    one = trainer(make_palm, lora=False)
+    before = state(one.reference.model)
+    for index in range(3):
+        one.step(index)
+    assert not changed(before, state(one.reference.model))
+    moved = [changed(before, state(part.model)) for part in (one.policy, one.critic)]
+    assert all(moved)
+    assert changed(state(one.policy.model), state(one.critic.model))
+
+
+def test_the_critic_alone_learns_in_its_warm_up(make_palm):
+    one = trainer(make_palm, replace(CONFIG, critic_warmup=1))
+    before, head = state(one.policy.model), one.critic.value_head.weight.clone()
+    one.step(0)
+    assert not {name for name in changed(before, state(one.policy.model)) if ".actor." in name}
+    assert not torch.equal(one.critic.value_head.weight, head)
+    one.step(1)
+    assert {name for name in changed(before, state(one.policy.model)) if ".actor." in name}
+
+
+def test_rates_rise_and_fall(make_palm):
+    one = trainer(make_palm, replace(CONFIG, steps=10, warmup=3))
+    rates = []
+    for index in range(10):
+        one._set_rates(index)
+        rates.append(one.optimizers()["policy"].param_groups[0]["lr"] / CONFIG.policy_lr)
+    assert rates == pytest.approx([0.25, 0.45, 0.6, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    constant = trainer(make_palm, replace(CONFIG, anneal=False))
+    constant._set_rates(3)
+    assert constant.optimizers()["critic"].param_groups[0]["lr"] == CONFIG.critic_lr
+
+
+def test_micro_batches_change_no_update_beyond_rounding(make_palm):
+    states = []
+    for micro_batch in (None, 1):
+        one = trainer(make_palm, replace(CONFIG, micro_batch=micro_batch, policy_lr=1e-2))
+        one.step(0)
+        states.append(state(one.policy.model))
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_reward_that_is_sought_is_found(make_palm):
+    config = OnlineConfig(
+        prompts=32, max_new_tokens=4, minibatch=16, steps=25, policy_lr=2e-2, critic_lr=1e-2
+    )
+    one = trainer(make_palm, config, lora=False)
+    rewards = [one.step(index)["reward"] for index in range(25)]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1
+
+
+def test_evaluation_is_logged_before_and_now_and_then(make_palm):
+    seen = []
+
+    def evaluate(policy, generator):
+        seen.append(policy.scope)
+        return {"accuracy": float(len(seen))}
+
+    one = trainer(make_palm, evaluate=evaluate, eval_every=2)
+    rows = [one.step(index) for index in range(4)]
+    assert rows[0]["accuracy_before"] == 1
+    assert [row.get("accuracy") for row in rows] == [None, 2, None, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"critic": None}, "ppo needs a critic"),
+        ({"reference": None}, "ppo needs a reference"),
+    ],
+)
+def test_what_an_algorithm_needs_is_asked_for(make_palm, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(make_palm, **options)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_stops_the_run(make_palm, odd):
+    one = trainer(make_palm, reward=lambda generation: torch.full((4,), odd))
+    with pytest.raises(ValueError, match="a reward is not finite"):
+        one.step(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("temperature", 0.0, "temperature must be above 0"), ("minibatch", 0, "minibatch must be at least 1")],
+)
+def test_a_configuration_without_sense_is_refused(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        OnlineConfig(**{name: value})
