@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels
 from rlhf_kernels import linear_logprob, logprob
-from rlhf_kernels.ops.loss_head import kernel_torch, linear_kernel_torch
+from rlhf_kernels.ops.loss_head import kernel_torch, linear_blocks, linear_kernel_torch
 from tests.golden.load import golden
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -134,7 +134,7 @@ def test_ignored_rows_count_for_nothing():
 
 def test_linear_is_logprob_of_the_product():
     """Over the border of a block of rows."""
-    n = linear_kernel_torch.ROWS + 1
+    n = linear_blocks.ROWS + 1
     hidden, weight, target = randn(n, 6), randn(9, 6), torch.randint(0, 9, (n,))
     both = [[t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2)]
     fused = linear_logprob(*both[0], target, temperature=0.8)
@@ -171,7 +171,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_the_logits_are_never_held(dtype, softcap):
-    n, e, v = 8 * linear_kernel_torch.ROWS, 8, 100
+    n, e, v = 8 * linear_blocks.ROWS, 8, 100
     hidden, weight, target = (
         torch.randn(n, e).to(dtype),
         torch.randn(v, e).to(dtype),
@@ -183,7 +183,7 @@ def test_the_logits_are_never_held(dtype, softcap):
         grads = torch.ones(n), torch.ones(n)
         operands = (*grads, hidden, weight, None, target, *results[1:])
         linear_kernel_torch.backward(*operands, *options, [True, True, False])
-    assert seen.numel <= 2 * linear_kernel_torch.ROWS * v
+    assert seen.numel <= 2 * linear_blocks.ROWS * v
     assert seen.numel < n * v / 2
 
 
