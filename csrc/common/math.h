@@ -60,30 +60,9 @@ inline fp16 store<fp16>(float x) {
   return fp16{uint16_t(sign | (magnitude >= 0x477ff000u ? overflow : finite))};
 }
 
-// exp for vectorised loops, of x in [-87, 89]: relative error below 1e-7; 0 below -86.98, inf above 88.73, NaN
-// stays NaN. x = k ln2 + r, and the result is 2 exp(r) by a polynomial, times 2^(k-1): at -87 that power's
-// exponent field is 0, and at 89 the product overflows, so neither end needs a branch.
-inline float exp_within(float x) {
-  // Adding 1.5 * 2^23 rounds to an integer; with 126 more the low bits are the exponent field of 2^(k-1).
-  constexpr float shift = 12582912.0f + 126.0f;
-  const float shifted = x * 1.44269504f + shift;
-  const float k = shifted - shift;
-  const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-  // minimax for |r| <= ln2 / 2, to 3.1e-9, exact at 0
-  float p = 2.0f * 1.38145401e-3f;
-  p = p * r + 2.0f * 8.36874521e-3f;
-  p = p * r + 2.0f * 4.16683908e-2f;
-  p = p * r + 2.0f * 1.66665204e-1f;
-  p = p * r + 2.0f * 4.99999934e-1f;
-  p = p * r + 2.0f;
-  p = p * r + 2.0f;
-  return p * bits_to_float(float_to_bits(shifted) << 23);
-}
-inline double exp_within(double x) {
-  return std::exp(x);
-}
-
-// The same for any x.
+// exp for vectorised loops: relative error below 1e-7; 0 below -86.98, inf above 88.73, NaN stays NaN.
+// x = k ln2 + r, and the result is 2 exp(r) by a polynomial, times 2^(k-1): at the lower clamp that power's
+// exponent field is 0, and at the upper clamp the product overflows, so neither end needs a branch.
 inline float exp_fast(float x) {
   // Clamped to [-87, 89] as integers, one instruction each: with floats GCC threads the constants through
   // everything that follows and computes it twice. Seen as unsigned, negative floats are above positive ones.
@@ -92,10 +71,40 @@ inline float exp_fast(float x) {
   const uint32_t bits = float_to_bits(x);
   const int32_t above = int32_t(bits < low ? bits : low);
   const float clamped = bits_to_float(uint32_t(above < high ? above : high));
-  return x != x ? x : exp_within(clamped);
+  // Adding 1.5 * 2^23 rounds to an integer; with 126 more the low bits are the exponent field of 2^(k-1).
+  constexpr float shift = 12582912.0f + 126.0f;
+  const float shifted = clamped * 1.44269504f + shift;
+  const float k = shifted - shift;
+  const float r = (clamped - k * 0.693359375f) + k * 2.12194440e-4f;
+  // minimax for |r| <= ln2 / 2, to 3.1e-9, exact at 0
+  float p = 2.0f * 1.38145401e-3f;
+  p = p * r + 2.0f * 8.36874521e-3f;
+  p = p * r + 2.0f * 4.16683908e-2f;
+  p = p * r + 2.0f * 1.66665204e-1f;
+  p = p * r + 2.0f * 4.99999934e-1f;
+  p = p * r + 2.0f;
+  p = p * r + 2.0f;
+  return x != x ? x : p * bits_to_float(float_to_bits(shifted) << 23);
 }
 inline double exp_fast(double x) {
   return std::exp(x);
+}
+
+// 2^x for x in [-127, 127]: relative error below 1e-7, exact for whole numbers; 0 below -126.5, NaN stays NaN.
+// The rounding is that of exp_fast, without its way there from base e.
+inline float exp2_within(float x) {
+  constexpr float shift = 12582912.0f + 127.0f;
+  const float shifted = x + shift;
+  const float f = x - (shifted - shift);
+  // minimax for |f| <= 1/2, to 2e-9
+  float p = 1.53533621e-4f;
+  p = p * f + 1.33988746e-3f;
+  p = p * f + 9.61843736e-3f;
+  p = p * f + 5.55033247e-2f;
+  p = p * f + 2.40226479e-1f;
+  p = p * f + 6.93147203e-1f;
+  p = p * f + 1.0f;
+  return p * bits_to_float(float_to_bits(shifted) << 23);
 }
 
 template <class A>
