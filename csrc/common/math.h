@@ -90,8 +90,8 @@ inline double exp_fast(double x) {
   return std::exp(x);
 }
 
-// 2^x for x in [-127, 127]: relative error below 1e-7, exact for whole numbers; 0 below -126.5, NaN stays NaN.
-// The rounding is that of exp_fast, without its way there from base e.
+// 2^x for x in [-127, 127]: relative error below 1e-7, exact for whole numbers; 0 below -126.5, NaN stays
+// NaN. The rounding is that of exp_fast, without its way there from base e.
 inline float exp2_within(float x) {
   constexpr float shift = 12582912.0f + 127.0f;
   const float shifted = x + shift;

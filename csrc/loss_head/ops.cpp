@@ -39,9 +39,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprob(const Tensor& logits, const T
   dispatch_float(logits.scalar_type(), "logprob", [&](auto zero) {
     using T = decltype(zero);
     const auto at = [](const Tensor& t) { return static_cast<acc_t<T>*>(t.data_ptr()); };
-    const LogprobForward<T> g{
-        {rows.data<T>(), rows.stride}, static_cast<const int64_t*>(ids.data_ptr()), at(logprob),
-        at(entropy),  at(peak),  at(log_total), rows.rows, rows.cols, temperature};
+    const LogprobForward<T> g{{rows.data<T>(), rows.stride},
+                              static_cast<const int64_t*>(ids.data_ptr()),
+                              at(logprob),
+                              at(entropy),
+                              at(peak),
+                              at(log_total),
+                              rows.rows,
+                              rows.cols,
+                              temperature};
     const auto kernel = RK_PICK(logprob_rows<T>);
     parallel_rows(g.rows, g.vocabulary, grain, [&](int64_t begin, int64_t end) { kernel(g, begin, end); });
   });

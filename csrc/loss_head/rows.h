@@ -69,13 +69,13 @@ struct RowSums : SoftmaxSums {
   bool begun = false;  // false where all logits are -inf or NaN
 
   RowSums(const T* x, int64_t n, double temperature) : factor(A(Exponents<A>::per_nat / temperature)) {
-    constexpr int64_t block = 2048;
+    constexpr int64_t block = 128 * kLanes;  // so many additions in float
     for (int64_t i = 0; i < n; i += block) add(x + i, n - i < block ? n - i : block);
   }
 
  private:
   void add(const T* x, int64_t n) {
-    constexpr double far = 8;
+    constexpr double far = 2;  // further, the entropy would be a small difference
     if (!begun) restart(largest_of(x, n));
     SoftmaxSums more = sums_of(x, n, start, factor);
     if (begun && more.largest > far) {
