@@ -114,7 +114,7 @@ class Judge:
 
     @property
     def _shares_arguments(self) -> bool:
-        """Whether the checked part and the rest have a differentiated argument, such as a weight, in common."""
+        """Whether a differentiated argument, such as a weight, belongs to the checked part and the rest."""
         whole, part = self.inputs.args, self.checked[0].args
         return any(part[name] is whole[name] for name in self.inputs.wrt) and part is not whole
 
