@@ -37,10 +37,11 @@ def logprob(draw: Draw) -> Trial:
     logits, target, temperature = problem(draw)
     log_p, terms, peak, log_total = softmax(logits, temperature)
     rows = np.arange(len(target))
-    # The largest z is rounded, which moves it and the logarithm apart.
+    # The largest z is rounded, which moves it and the logarithm apart. Built for sanitizers, the sums of a
+    # block are not vectorised: one chain of as many additions as else 16.
     ulp = 2e-7 * np.nan_to_num(np.abs(peak)) * (temperature != 1.0)
     expected = log_p[rows, target], -terms.sum(-1), peak, log_total
-    return Trial((logits, target, temperature), expected, slack=ulp + 2e-6, free=undefined(peak))
+    return Trial((logits, target, temperature), expected, slack=ulp + 1e-5, free=undefined(peak))
 
 
 def logprob_backward(draw: Draw) -> Trial:
