@@ -90,6 +90,23 @@ inline double exp_fast(double x) {
   return std::exp(x);
 }
 
+// 2^x for x in [-127, 127]: relative error below 1e-7, exact for whole numbers; 0 below -126.5, NaN stays
+// NaN. The rounding is that of exp_fast, without its way there from base e.
+inline float exp2_within(float x) {
+  constexpr float shift = 12582912.0f + 127.0f;
+  const float shifted = x + shift;
+  const float f = x - (shifted - shift);
+  // minimax for |f| <= 1/2, to 2e-9
+  float p = 1.53533621e-4f;
+  p = p * f + 1.33988746e-3f;
+  p = p * f + 9.61843736e-3f;
+  p = p * f + 5.55033247e-2f;
+  p = p * f + 2.40226479e-1f;
+  p = p * f + 6.93147203e-1f;
+  p = p * f + 1.0f;
+  return p * bits_to_float(float_to_bits(shifted) << 23);
+}
+
 template <class A>
 inline A sigmoid(A x) {
   return A(1) / (A(1) + exp_fast(-x));

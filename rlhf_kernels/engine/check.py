@@ -109,8 +109,21 @@ class Judge:
         """A fixed random gradient for each output of the whole case; empty without a differentiated input."""
         if not self.differentiable:
             return ()
-        outputs = as_outputs(self.spec.torch_form(**self.inputs.args))
-        return tuple(self._noise(out) for out in outputs)
+        noise = tuple(self._noise(out) for out in as_outputs(self.spec.torch_form(**self.inputs.args)))
+        return tuple(self._limited(grad) for grad in noise) if self._shares_arguments else noise
+
+    @property
+    def _shares_arguments(self) -> bool:
+        """Whether a differentiated argument, such as a weight, belongs to the checked part and the rest."""
+        whole, part = self.inputs.args, self.checked[0].args
+        return any(part[name] is whole[name] for name in self.inputs.wrt) and part is not whole
+
+    def _limited(self, grad: Tensor) -> Tensor:
+        """Zero outside the checked part: else the rest would add to the gradient of what they share."""
+        at = self.checked[1](torch.arange(grad.numel(), device=grad.device).view(grad.shape)).flatten()
+        limited = torch.zeros_like(grad)
+        limited.view(-1)[at] = grad.view(-1)[at]
+        return limited
 
     def _noise(self, like: Tensor) -> Tensor:
         noise = torch.randn(like.shape, generator=self.generator)

@@ -136,6 +136,20 @@ def test_deviation_of_infinities_and_integers():
     assert deviation(tokens, torch.tensor([3, 4, 8]), torch.tensor([3, 4, 8]), 1.0) == (2.0, 0.0)
 
 
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (1.001, "incorrect")])
+def test_a_gradient_that_all_rows_share_is_checked_by_some(factor, status):
+    spec = load_specs()["linear_logprob"]
+    case = dataclasses.replace(spec.case("small_32x64x512"), checked={"rows": (0, 5)})
+
+    def scaled(hidden, weight, target):
+        held = weight.detach()
+        return spec.torch_form(hidden, held + factor * (weight - held), target)
+
+    forward, backward = Judge(spec, case, torch.float32).rows("planted", scaled)
+    assert (forward.status, backward.status) == ("ok", status)
+    assert status == "ok" or "the gradient of weight" in backward.reason
+
+
 def test_only_the_checked_rows_count(planted_specs):
     spec = planted_specs["planted_double"]
 

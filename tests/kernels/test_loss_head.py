@@ -9,10 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels
 from rlhf_kernels import linear_logprob, logprob
-from rlhf_kernels.ops.loss_head import kernel_torch, linear_kernel_torch
+from rlhf_kernels.engine.memory import peak_bytes
+from rlhf_kernels.ops.loss_head import kernel_torch, linear_blocks, linear_kernel_torch
+from rlhf_kernels.runtime import native
 from tests.golden.load import golden
 
-BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
+BUILT = not native.missing("_C")
+needs_native = pytest.mark.skipif(not BUILT, reason="the native kernels are not built")
+FAST = ["torch", pytest.param("native", marks=needs_native)]
+BACKENDS = pytest.mark.parametrize("backend", [*FAST, "reference"])
 
 
 def randn(*shape, **options):
@@ -134,7 +139,7 @@ def test_ignored_rows_count_for_nothing():
 
 def test_linear_is_logprob_of_the_product():
     """Over the border of a block of rows."""
-    n = linear_kernel_torch.ROWS + 1
+    n = linear_blocks.ROWS + 1
     hidden, weight, target = randn(n, 6), randn(9, 6), torch.randint(0, 9, (n,))
     both = [[t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2)]
     fused = linear_logprob(*both[0], target, temperature=0.8)
@@ -171,7 +176,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_the_logits_are_never_held(dtype, softcap):
-    n, e, v = 8 * linear_kernel_torch.ROWS, 8, 100
+    n, e, v = 8 * linear_blocks.ROWS, 8, 100
     hidden, weight, target = (
         torch.randn(n, e).to(dtype),
         torch.randn(v, e).to(dtype),
@@ -183,7 +188,7 @@ def test_the_logits_are_never_held(dtype, softcap):
         grads = torch.ones(n), torch.ones(n)
         operands = (*grads, hidden, weight, None, target, *results[1:])
         linear_kernel_torch.backward(*operands, *options, [True, True, False])
-    assert seen.numel <= 2 * linear_kernel_torch.ROWS * v
+    assert seen.numel <= 2 * linear_blocks.ROWS * v
     assert seen.numel < n * v / 2
 
 
@@ -213,19 +218,111 @@ def test_results_are_float32(dtype):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)
 
 
+def with_gradient(logits, target):
+    """Results and the gradient of their sum."""
+    logits = logits.detach().requires_grad_()
+    found = logprob(logits, target, temperature=0.7)
+    return *found, torch.autograd.grad(sum(t.sum() for t in found), logits)[0]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_does_not_depend_on_its_batch(threads, monkeypatch):
+@pytest.mark.parametrize("backend", FAST)
+def test_a_row_does_not_depend_on_its_batch(backend, threads, monkeypatch):
     logits, target = torch.randn(5, 40001), torch.randint(0, 40001, (5,))
     monkeypatch.setattr(kernel_torch, "BLOCK", 3 * 40001)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        whole = logprob(logits, target)
-        rows = [logprob(logits[i : i + 1], target[i : i + 1]) for i in range(5)]
-    finally:
-        torch.set_num_threads(before)
-    for k in range(2):
-        assert torch.cat([row[k] for row in rows]).equal(whole[k])
+    with rlhf_kernels.backend(backend, strict=True):
+        alone = [with_gradient(logits[i : i + 1], target[i : i + 1]) for i in range(5)]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            whole = with_gradient(logits, target)
+        finally:
+            torch.set_num_threads(before)
+    for k, together in enumerate(whole):
+        assert torch.cat([row[k] for row in alone]).equal(together)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("vocabulary", [1, 2, 15, 16, 17, 2047, 2048, 2049, 4099])
+def test_native_at_any_alignment_and_length(vocabulary, dtype):
+    """The bits of a row are the same wherever it lies, and nothing beyond it is written."""
+    memory = torch.randn(3 * (vocabulary + 1) + 1).to(dtype)
+    target = torch.randint(0, vocabulary, (3,))
+    with rlhf_kernels.backend("native", strict=True):
+        strided = memory[1:].view(3, vocabulary + 1)[:, :vocabulary]
+        for a, b in zip(with_gradient(strided, target), with_gradient(strided.clone(), target)):
+            assert a.equal(b)
+        before = memory.clone()
+        found = logprob(strided, target)
+        rest = (*found, torch.zeros(3, dtype=found[0].dtype), found[1])
+        grads = torch.ones(3, dtype=found[0].dtype), torch.ones(3, dtype=found[0].dtype)
+        in_place = torch.ops.rlhf_kernels_native.logprob_backward_
+        in_place(*grads, strided, target, found[1], *rest[2:], 1.0)
+    gaps = memory[1:].view(3, -1)[:, vocabulary:], before[1:].view(3, -1)[:, vocabulary:]
+    assert gaps[0].equal(gaps[1])
+    assert memory[0] == before[0]
+    assert not strided.equal(before[1:].view(3, -1)[:, :vocabulary])
+
+
+@needs_native
+def test_native_refuses_targets_that_it_would_read_beyond():
+    """Compiled calls do not come past the check of the public function."""
+    for target in (torch.tensor([0, 5]), torch.tensor([-1, 0])):
+        with pytest.raises(RuntimeError, match="at least 0 and below 5, and 1 are not"):
+            torch.ops.rlhf_kernels_native.logprob(torch.zeros(2, 5), target, 1.0)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min])
+def test_masked_beginnings_and_late_peaks(low, backend):
+    """What the first logits say of the rest is wrong here, block after block."""
+    logits = torch.randn(3, 9000) + torch.linspace(-200, 400, 9000)
+    logits[0, :5000] = low
+    logits[1, :8999] = low
+    logits[2, 100:8000] = low
+    target = torch.tensor([8999, 8999, 50])
+    with rlhf_kernels.backend(backend):
+        found = with_gradient(logits, target)
+    with rlhf_kernels.backend("reference"):
+        wanted = with_gradient(logits, target)
+    for got, want in zip(found, wanted):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=3e-5)
+    assert not found[2][1].any()  # certain
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_row_of_the_lowest_numbers_is_even(backend):
+    logits = torch.full((1, 3000), torch.finfo(torch.float32).min)
+    with rlhf_kernels.backend(backend):
+        found = logprob(logits, torch.tensor([7]))
+    torch.testing.assert_close(torch.cat(found), torch.tensor([-1.0, 1.0]) * math.log(3000))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_one_bad_logit_spoils_its_row_alone(backend):
+    for bad in (math.nan, -math.nan, math.inf):
+        logits = torch.randn(3, 5000)
+        logits[1, 4500] = bad
+        with rlhf_kernels.backend(backend):
+            for t in with_gradient(logits, torch.tensor([1, 2, 3])):
+                assert t[1].isnan().all()
+                assert t[[0, 2]].isfinite().all()
+
+
+@needs_native
+def test_linear_native_holds_one_block_of_logits():
+    """Beside the gradients: 512 rows of logits, and little more."""
+    n, e, v = 4 * linear_blocks.ROWS, 16, 3000
+    hidden, weight = torch.randn(n, e, requires_grad=True), torch.randn(v, e, requires_grad=True)
+    target, upstream = torch.randint(0, v, (n,)), (torch.randn(n), torch.randn(n))
+
+    def call():
+        with rlhf_kernels.backend("native", strict=True):
+            torch.autograd.grad(linear_logprob(hidden, weight, target), (hidden, weight), upstream)
+
+    block, gradients = linear_blocks.ROWS * v * 4, (n + v) * e * 4
+    assert block < peak_bytes(call, torch.device("cpu")) < 1.1 * block + gradients + 40 * n
 
 
 def test_backward_can_be_repeated():

@@ -11,7 +11,7 @@ from rlhf_kernels.runtime.checks import floating, on, positive, shaped, tokens
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
-_BACKENDS = {"cpu": ("torch",), "cuda": ("torch",)}
+_BACKENDS = {"cpu": ("native", "torch"), "cuda": ("torch",)}
 
 
 def _by_row(like: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -74,7 +74,11 @@ _linear_logprob = Operator(
         "linear_logprob",
         __name__,
         _BACKENDS,
-        modules={"reference": "linear_reference", "torch": "linear_kernel_torch"},
+        modules={
+            "reference": "linear_reference",
+            "torch": "linear_kernel_torch",
+            "native": "linear_kernel_native",
+        },
     ),
     f"({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda hidden, weight, bias, target, *options: _by_row(hidden, target),

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels.engine.spec import FLOAT_DTYPES, Case, Cost, Direction, Inputs, OpSpec, itemsize, randn
+from rlhf_kernels.engine.spec import (
+    FLOAT_DTYPES,
+    Case,
+    Cost,
+    Direction,
+    HostKernel,
+    Inputs,
+    Knob,
+    OpSpec,
+    itemsize,
+    randn,
+)
 from rlhf_kernels.ops.loss_head import (
     kernel_torch,
     linear_kernel_torch,
@@ -30,19 +42,33 @@ def _awkward(name: str, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES, /, **giv
     return Case(f"{name}_{'x'.join(map(str, sizes.values()))}", sizes, options, "awkward", dtypes)
 
 
-# `scale`: of the logits; `masked`: every third token has a logit of -inf, targets too; `memory`: the layout.
+# Rows of a large case that the definition sees: ends of blocks of rows and of shares of threads.
+FIRST_AND_LAST = {"rows": (0, 1, 511, 512, 777, 1023)}
+# `scale`, `offset`: of the logits, whose largest comes last where they are `rising`; `masked`: every third
+# token has a logit of -inf, targets too, or all tokens of the beginning have; `memory`: the layout.
 LOGPROB_CASES = (
     Case("small_8x2048", {"N": 8, "V": 2048}, tier="smoke"),
     Case("gpt2_128x50257", {"N": 128, "V": 50257}),
     Case("sampling_temperature_512x8192", {"N": 512, "V": 8192}, {"temperature": 0.7}),
-    Case("qwen_8192x151936", {"N": 8192, "V": 151936}, tier="large", dtypes=(torch.bfloat16,)),
+    Case("gpt2_1024x50257", {"N": 1024, "V": 50257}, tier="large", checked=FIRST_AND_LAST),
+    Case(
+        "qwen_8192x151936",
+        {"N": 8192, "V": 151936},
+        tier="large",
+        dtypes=(torch.bfloat16,),
+        checked=FIRST_AND_LAST,
+    ),
     _awkward("one_token", ALL_DTYPES, N=1, V=1),
     _awkward("one_row", ALL_DTYPES, N=1, V=4099),
     _awkward("ragged", ALL_DTYPES, N=5, V=1031, temperature=1.7),
     _awkward("batched", N=6, V=130, memory="cube"),
     _awkward("strided", ALL_DTYPES, N=5, V=130, memory="strided"),
     _awkward("transposed", N=5, V=130, memory="transposed"),
+    _awkward("misaligned", ALL_DTYPES, N=5, V=131, memory="misaligned"),
     _awkward("masked_vocabulary", ALL_DTYPES, N=6, V=257, masked=True),
+    _awkward("masked_beginning", ALL_DTYPES, N=4, V=5000, masked="beginning"),
+    _awkward("offset", (torch.float32, torch.float64), N=4, V=3000, offset=1000.0, temperature=0.7),
+    _awkward("rising", ALL_DTYPES, N=4, V=5000, scale="rising"),
     _awkward("sharp", N=6, V=300, scale=40.0, temperature=0.5),
     _awkward("flat", N=6, V=300, scale=0.0),
     _awkward("empty", N=0, V=8),
@@ -57,9 +83,26 @@ LINEAR_CASES = (
         {"softcap": 30.0, "temperature": 0.7},
         dtypes=FAST_PRODUCTS,
     ),
-    Case("gpt2_2048x768x50257", {"N": 2048, "E": 768, "V": 50257}, tier="large", dtypes=FAST_PRODUCTS),
     Case(
-        "qwen_8192x4096x151936", {"N": 8192, "E": 4096, "V": 151936}, tier="large", dtypes=FAST_PRODUCTS[1:]
+        "palm_2048x512x50257",
+        {"N": 2048, "E": 512, "V": 50257},
+        tier="large",
+        dtypes=FAST_PRODUCTS,
+        checked=FIRST_AND_LAST,
+    ),
+    Case(
+        "gpt2_2048x768x50257",
+        {"N": 2048, "E": 768, "V": 50257},
+        tier="large",
+        dtypes=FAST_PRODUCTS,
+        checked=FIRST_AND_LAST,
+    ),
+    Case(
+        "qwen_8192x4096x151936",
+        {"N": 8192, "E": 4096, "V": 151936},
+        tier="large",
+        dtypes=FAST_PRODUCTS[1:],
+        checked=FIRST_AND_LAST,
     ),
     _awkward("one_of_each", ALL_DTYPES, N=1, E=1, V=1),
     _awkward("ragged", ALL_DTYPES, N=5, E=33, V=131, bias=True, temperature=0.7),
@@ -78,6 +121,8 @@ def _matrix(
     shape: tuple[int, int], case: Case, dtype: torch.dtype, generator: torch.Generator, device: torch.device
 ) -> Tensor:
     memory = case.options.get("memory")
+    if memory == "misaligned":
+        return randn((shape[0] * shape[1] + 1,), dtype, generator, device)[1:].view(shape)
     wide = randn((shape[0], shape[1] + 3 * (memory == "strided")), dtype, generator, device)
     return wide.t().contiguous().t() if memory == "transposed" else wide[:, wide.shape[1] - shape[1] :]
 
@@ -86,10 +131,16 @@ def _make_logprob(case: Case, dtype: torch.dtype, generator: torch.Generator, de
     """Normal logits; targets at random, also on masked tokens."""
     n, v = case.sizes["N"], case.sizes["V"]
     logits = _matrix((n, v), case, dtype, generator, device)
-    if "scale" in case.options:
+    if case.options.get("scale") == "rising":
+        logits = logits + torch.linspace(-30, 30, v, device=device).to(dtype)
+    elif "scale" in case.options:
         logits = logits * case.options["scale"]
+    if "offset" in case.options:
+        logits = logits + case.options["offset"]
     target = torch.randint(0, v, (n,), generator=generator).to(device)
-    if case.options.get("masked"):
+    if case.options.get("masked") == "beginning":
+        logits[:, : v // 2] = -math.inf
+    elif case.options.get("masked"):
         logits[:, ::3] = -math.inf
         target[::2] -= target[::2] % 3
     if case.options.get("memory") == "cube":
@@ -118,6 +169,26 @@ def _make_linear(case: Case, dtype: torch.dtype, generator: torch.Generator, dev
 
 def _given(case: Case, *names: str) -> dict[str, object]:
     return {name: case.options[name] for name in names if name in case.options}
+
+
+def _narrow(
+    inputs: Inputs, checked: Mapping[str, tuple[int, ...]]
+) -> tuple[Inputs, Callable[[Tensor], Tensor]]:
+    """Some of the rows: they do not depend on one another, and weight and bias belong to all of them."""
+    rows = list(checked["rows"])
+    by_row = {name: inputs.args[name][rows] for name in ("logits", "hidden", "target") if name in inputs.args}
+    return Inputs(inputs.args | by_row, inputs.wrt), lambda x: x[rows]
+
+
+def _host_logprob(host, backward: bool):  # noqa: ANN001
+    import numpy
+
+    logits = (numpy.arange(8 * 5001, dtype=numpy.float32) * 0.37 % 11).reshape(8, 5001)
+    target = numpy.arange(8)
+    if not backward:
+        return lambda: host.logprob(logits, target)
+    one, peak = numpy.ones(8, numpy.float32), logits.max(-1)
+    return lambda: host.logprob_backward(one, one, logits, target, 8 * one, peak, 6 * one)
 
 
 def _cost_logprob(case: Case, dtype: torch.dtype, direction: Direction) -> Cost:
@@ -150,6 +221,12 @@ SPECS = (
         cases=LOGPROB_CASES,
         outputs=("logprob", "entropy"),
         floor=4.0,
+        narrow=_narrow,
+        host_kernels=(
+            HostKernel("logprob", lambda host: _host_logprob(host, False)),
+            HostKernel("logprob_backward", lambda host: _host_logprob(host, True)),
+        ),
+        knobs=(Knob("grain", "native", (32768, 8192, 131072)),),
     ),
     OpSpec(
         name="linear_logprob",
@@ -163,5 +240,6 @@ SPECS = (
         cases=LINEAR_CASES,
         outputs=("logprob", "entropy"),
         floor=8.0,
+        narrow=_narrow,
     ),
 )

@@ -1,0 +1,162 @@
+// Log-probability of a token and entropy of a row of logits, and the gradient of both. Included by
+// foreach_isa.h.
+
+// The exponents of a row are t = (logit - start) * factor. In float they count octaves, so that one factor
+// stands for 1 / (temperature ln2); in double they are natural.
+template <class A>
+struct Exponents;
+template <>
+struct Exponents<float> {
+  static constexpr double per_nat = 1.4426950408889634;
+  static constexpr float lowest = -127;
+  static float exp(float t) { return exp2_within(t); }
+};
+template <>
+struct Exponents<double> {
+  static constexpr double per_nat = 1;
+  static constexpr double lowest = -800;
+  static double exp(double t) { return std::exp(t); }
+};
+
+// Where exp is 0, and t exp(t) is too, which -inf * 0 would not be. From memory: a constant GCC would carry
+// through all that follows, and select twice.
+template <class A>
+RK_INLINE A lowest_exponent() {
+  A lowest = Exponents<A>::lowest;
+  asm("" : "+m"(lowest));
+  return lowest;
+}
+
+// -inf where nothing is larger: also for NaN, which the sums will show.
+template <class T>
+RK_INLINE acc_t<T> largest_of(const T* x, int64_t n) {
+  using A = acc_t<T>;
+  A largest = -std::numeric_limits<A>::infinity();
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const A value = load(x[i]);
+    largest = largest < value ? value : largest;
+  }
+  return largest;
+}
+
+// sum exp(t), sum t exp(t) and the largest t.
+struct SoftmaxSums {
+  double total = 0, moment = 0, largest = -std::numeric_limits<double>::infinity();
+};
+
+template <class T, class A = acc_t<T>>
+RK_INLINE SoftmaxSums sums_of(const T* x, int64_t n, A start, A factor) {
+  const A lowest = lowest_exponent<A>();
+  A total = 0, moment = 0, largest = -std::numeric_limits<A>::infinity();
+#pragma omp simd reduction(+ : total, moment) reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    A t = (load(x[i]) - start) * factor;
+    largest = largest < t ? t : largest;
+    t = t < lowest ? lowest : t;
+    const A p = Exponents<A>::exp(t);
+    total += p;
+    moment += t * p;
+  }
+  return {total, moment, largest};
+}
+
+// The sums over a row in one pass, in double over its blocks. Exponents start at the largest of the first
+// logits; a block that goes far beyond is read again with its own.
+template <class T, class A = acc_t<T>>
+struct RowSums : SoftmaxSums {
+  A start = 0, factor;
+  bool begun = false;  // false where all logits are -inf or NaN
+
+  RowSums(const T* x, int64_t n, double temperature) : factor(A(Exponents<A>::per_nat / temperature)) {
+    constexpr int64_t block = 128 * kLanes;  // so many additions in float
+    for (int64_t i = 0; i < n; i += block) add(x + i, n - i < block ? n - i : block);
+  }
+
+ private:
+  void add(const T* x, int64_t n) {
+    constexpr double far = 2;  // further, the entropy would be a small difference
+    if (!begun) restart(largest_of(x, n));
+    SoftmaxSums more = sums_of(x, n, start, factor);
+    if (begun && more.largest > far) {
+      restart(largest_of(x, n));
+      more = sums_of(x, n, start, factor);
+    }
+    total += more.total;
+    moment += more.moment;
+    largest = largest < more.largest ? more.largest : largest;
+  }
+
+  void restart(A at) {
+    if (at == -std::numeric_limits<A>::infinity()) return;
+    const double rise = (double(at) - double(start)) * double(factor);
+    if (total > 0) {
+      const double shrink = std::exp(-rise / Exponents<A>::per_nat);
+      moment = shrink > 0 ? shrink * (moment - rise * total) : 0;
+      total *= shrink;
+    }
+    largest -= rise;
+    start = at;
+    begun = true;
+  }
+};
+
+template <class T>
+void logprob_rows(const LogprobForward<T>& g, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr double nat = 1 / Exponents<A>::per_nat;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = g.logits.row(r);
+    const RowSums<T> sums(x, g.vocabulary, g.temperature);
+    const double log_total = sums.begun ? std::log(sums.total) : std::numeric_limits<double>::quiet_NaN();
+    const double chosen = (double(load(x[g.target[r]])) - double(sums.start)) * double(sums.factor);
+    const double logprob = chosen * nat - log_total;
+    const double entropy = log_total - sums.moment / sums.total * nat;
+    // Certainty may be rounded to beyond 0.
+    g.logprob[r] = A(logprob > 0 ? 0.0 : logprob);
+    g.entropy[r] = A(entropy < 0 ? 0.0 : entropy);
+    const double started = double(sums.start) / g.temperature;
+    g.peak[r] = A(started + sums.largest * nat);
+    g.log_total[r] = A(log_total + (started - double(g.peak[r])));
+  }
+}
+
+// d logprob / dz = onehot(target) - p and d entropy / dz = -p (log p + entropy): p times a line in log p.
+template <class A>
+struct LogitGradient {
+  A start, factor, log_total, constant, slope, lowest;
+
+  RK_INLINE A operator()(A x) const {
+    A t = (x - start) * factor - log_total;
+    t = t < lowest ? lowest : t;
+    return Exponents<A>::exp(t) * (constant + slope * t);
+  }
+};
+
+template <class T>
+void logprob_backward_rows(const LogprobBackward<T>& g, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr double per_nat = Exponents<A>::per_nat;
+  const A factor = A(per_nat / g.temperature);
+  const double scale = 1 / g.temperature;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* x = g.logits.row(r);
+    T* out = g.grad.row(r);
+    const double by_logprob = g.grad_logprob[r], by_entropy = g.grad_entropy[r];
+    const double peak = double(g.peak[r]) * g.temperature;
+    const A start = A(peak);
+    const double rounded = (peak - double(start)) * double(factor);
+    const LogitGradient<A> of{start,
+                              factor,
+                              A(double(g.log_total[r]) * per_nat + rounded),
+                              A(-(by_logprob + by_entropy * double(g.entropy[r])) * scale),
+                              A(-by_entropy * scale / per_nat),
+                              lowest_exponent<A>()};
+    const int64_t target = g.target[r];
+    // Before the row is written: `out` may be `x`, and a 16-bit sum would round twice.
+    const A chosen = of(load(x[target])) + A(by_logprob * scale);
+#pragma omp simd
+    for (int64_t i = 0; i < g.vocabulary; ++i) out[i] = store<T>(of(load(x[i])));
+    out[target] = store<T>(chosen);
+  }
+}
