@@ -22,14 +22,21 @@ FloatArray decode_attention(const FloatArray& q, const FloatArray& k, const Floa
   std::vector<float> scratch((*RK_PICK(decode_scratch))(heads, size)), states(splits * heads * state);
   for (int64_t i = 0; i < splits; ++i) {
     const int64_t first = i * kDecodeSplit;
-    const DecodeSplit<float> split{q.data(), k.data() + first * size, v.data() + first * size, size, size, size,
-                                   heads, std::min(kDecodeSplit, keys - first), size, scale};
+    const DecodeSplit<float> split{q.data(),
+                                   k.data() + first * size,
+                                   v.data() + first * size,
+                                   size,
+                                   size,
+                                   size,
+                                   heads,
+                                   std::min(kDecodeSplit, keys - first),
+                                   size,
+                                   scale};
     RK_PICK(decode_split<float, false>)
     (split, scratch.data(), states.data() + i * heads * state, splits == 1 ? out.mutable_data() : nullptr);
   }
-  for (int64_t h = 0; h < heads && splits > 1; ++h)
-    RK_PICK(decode_combine<float>)
-    (states.data() + h * state, splits, heads * state, size, out.mutable_data() + h * size);
+  for (int64_t h = 0; h < heads && splits > 1; ++h) RK_PICK(decode_combine<float>)
+  (states.data() + h * state, splits, heads * state, size, out.mutable_data() + h * size);
   return out;
 }
 

@@ -23,7 +23,9 @@ struct Whole {
   }
 
   int64_t operator[](int64_t b) const {
-    return wide ? static_cast<const int64_t*>(wide)[b] : narrow ? static_cast<const int32_t*>(narrow)[b] : otherwise;
+    return wide     ? static_cast<const int64_t*>(wide)[b]
+           : narrow ? static_cast<const int32_t*>(narrow)[b]
+                    : otherwise;
   }
 
   std::optional<Tensor> tensor;  // keeps a copy alive
@@ -36,7 +38,8 @@ struct Row {
   int64_t start, keys, splits, first_task;
 };
 
-std::vector<Row> rows_of(const Whole& starts, const Whole& lengths, int64_t batch, int64_t groups, int64_t slots) {
+std::vector<Row> rows_of(const Whole& starts, const Whole& lengths, int64_t batch, int64_t groups,
+                         int64_t slots) {
   std::vector<Row> rows(batch);
   int64_t task = 0;
   for (int64_t b = 0; b < batch; ++b) {
@@ -56,8 +59,8 @@ Tensor flat_rows(const Tensor& t) {
 }
 
 Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor& v_cache,
-                        const std::optional<Tensor>& lengths, const std::optional<Tensor>& starts, double scale,
-                        int64_t grain) {
+                        const std::optional<Tensor>& lengths, const std::optional<Tensor>& starts,
+                        double scale, int64_t grain) {
   const Tensor q = flat_rows(query), k = flat_rows(k_cache), v = flat_rows(v_cache);
   const Shape qs(q), ks(k), vs(v);
   const int64_t batch = qs.sizes[0], heads = qs.sizes[1], size = qs.sizes[3];
@@ -100,10 +103,17 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
           const int64_t slot = row->start + first;
           const DecodeSplit<T> in{
               static_cast<const T*>(q.data_ptr()) + b * qs.strides[0] + g * each * qs.strides[1],
-              static_cast<const T*>(k.data_ptr()) + b * ks.strides[0] + g * ks.strides[1] + slot * ks.strides[2],
-              static_cast<const T*>(v.data_ptr()) + b * vs.strides[0] + g * vs.strides[1] + slot * vs.strides[2],
-              qs.strides[1], ks.strides[2], vs.strides[2],
-              each, std::min(kDecodeSplit, row->keys - first), size, float(scale)};
+              static_cast<const T*>(k.data_ptr()) + b * ks.strides[0] + g * ks.strides[1] +
+                  slot * ks.strides[2],
+              static_cast<const T*>(v.data_ptr()) + b * vs.strides[0] + g * vs.strides[1] +
+                  slot * vs.strides[2],
+              qs.strides[1],
+              ks.strides[2],
+              vs.strides[2],
+              each,
+              std::min(kDecodeSplit, row->keys - first),
+              size,
+              float(scale)};
           split(in, own.get(), cut ? states.get() + task * each * state : nullptr,
                 row->splits == 1 ? to + (b * groups + g) * each * size : nullptr);
         }
@@ -128,7 +138,8 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rlhf_kernels_native, m) {
   m.def(
-      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? lengths, Tensor? starts, float scale,"
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? lengths, Tensor? starts, float "
+      "scale,"
       " int grain=1000000) -> Tensor");
 }
 

@@ -8,20 +8,28 @@
 #include "common/lanes.h"
 
 constexpr int kTile = 128;
-constexpr int kMostKeys = kTile + kTile / 2;  // the last tile takes a rest with it
-constexpr int kMostHeads = kLanes == 16 ? 8 : 4;  // whose values fit the registers
-constexpr int kChunk = 2 * kLanes;                // elements of a head that are taken at a time
+constexpr int kMostKeys = kTile + kTile / 2;                   // the last tile takes a rest with it
+constexpr int kMostHeads = kLanes == 16 ? 8 : 4;               // whose values fit the registers
+constexpr int kChunk = 2 * kLanes;                             // elements of a head that are taken at a time
 constexpr float kLowest = -std::numeric_limits<float>::max();  // finite: a score of -inf can be compared
 
 using Floats = vec_t<float>;
 using Bits = mask_t<float>;
 
-RK_INLINE Floats as_floats(const Bits& x) { return __builtin_bit_cast(Floats, x); }
-RK_INLINE Bits as_bits(const Floats& x) { return __builtin_bit_cast(Bits, x); }
+RK_INLINE Floats as_floats(const Bits& x) {
+  return __builtin_bit_cast(Floats, x);
+}
+RK_INLINE Bits as_bits(const Floats& x) {
+  return __builtin_bit_cast(Bits, x);
+}
 
 template <int... lane>
-RK_INLINE Bits lane_numbers(std::integer_sequence<int, lane...>) { return Bits{lane...}; }
-RK_INLINE Bits lane_numbers() { return lane_numbers(std::make_integer_sequence<int, kLanes>()); }
+RK_INLINE Bits lane_numbers(std::integer_sequence<int, lane...>) {
+  return Bits{lane...};
+}
+RK_INLINE Bits lane_numbers() {
+  return lane_numbers(std::make_integer_sequence<int, kLanes>());
+}
 
 RK_INLINE Floats exp_lanes(const Floats& x) {
   alignas(sizeof(x)) float lanes[kLanes];
@@ -69,7 +77,9 @@ struct Words {
   using Word = std::conditional_t<paired, uint32_t, float>;
 };
 
-RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats& y, std::false_type) { acc += x * y; }
+RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats& y, std::false_type) {
+  acc += x * y;
+}
 #if RK_LANES == 16 && RK_MULTI_ISA
 RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats& y, std::true_type) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
@@ -106,7 +116,8 @@ RK_INLINE Floats repeated(const void* from, std::integer_sequence<int, lane...>)
     else
       asm("vbroadcastf32x8 %1, %0" : "=v"(x) : "m"(few));
 #else
-    for (int i = 0; i < kLanes; i += unit) __builtin_memcpy(reinterpret_cast<float*>(&x) + i, &few, sizeof(few));
+    for (int i = 0; i < kLanes; i += unit)
+      __builtin_memcpy(reinterpret_cast<float*>(&x) + i, &few, sizeof(few));
 #endif
     return x;
   }
@@ -154,7 +165,7 @@ RK_OUTLINE void fetch(const T* k, int64_t stride, int rows, int64_t size, int64_
 template <class T, int heads, bool paired>
 RK_INLINE void score(const T* k, int64_t stride, int count, int64_t size, const float* q, int64_t words,
                      float scale, float* block, float* scores) {
-  constexpr int unit = kLanes / heads, kUnits = heads == 1 ? 1 : 4;
+  constexpr int unit = kLanes / heads, kUnits = heads < 4 ? heads : 4;
   for (int first = 0; first < count; first += kLanes) {
     const int rows = count - first < kLanes ? count - first : kLanes;
     const char* base = reinterpret_cast<const char*>(k + first * stride);
@@ -204,7 +215,8 @@ RK_INLINE void soften(float* scores, int vectors, float* top, float* total, floa
   float higher[heads];
   for (int h = 0; h < heads; ++h) {
     higher[h] = top[h];
-    for (int i = 0; i < unit; ++i) higher[h] = higher[h] > lanes[i * heads + h] ? higher[h] : lanes[i * heads + h];
+    for (int i = 0; i < unit; ++i)
+      higher[h] = higher[h] > lanes[i * heads + h] ? higher[h] : lanes[i * heads + h];
   }
   for (int i = 0; i < kLanes; ++i) lanes[i] = higher[i % heads];
   highest = load_lanes(lanes);
@@ -261,14 +273,18 @@ RK_INLINE void weigh(const T* v, int64_t stride, int count, int64_t cols, const 
 struct Scratch {
   int64_t heads, size, width = (size + kChunk - 1) / kChunk * kChunk;
   float *q, *acc = q + heads * width, *block = acc + heads * width, *top = block + kLanes * width,
-        *total = top + heads;
+            *total = top + heads;
 
   static int64_t floats(int64_t heads, int64_t size) {
     return (2 * heads + kLanes) * (size + kChunk) + 2 * heads;
   }
 };
-inline int64_t decode_scratch(int64_t heads, int64_t size) { return Scratch::floats(heads, size); }
-inline int64_t decode_state(int64_t size) { return Scratch{.heads = 0, .size = size, .q = nullptr}.width + 2; }
+inline int64_t decode_scratch(int64_t heads, int64_t size) {
+  return Scratch::floats(heads, size);
+}
+inline int64_t decode_state(int64_t size) {
+  return Scratch{.heads = 0, .size = size, .q = nullptr}.width + 2;
+}
 
 // Heads from h on, in the order in which score() reads them: [words / unit][heads][unit].
 template <class T, int heads, bool paired>
@@ -313,8 +329,8 @@ RK_OUTLINE void attend(const DecodeSplit<T>& in, const Scratch& own, int64_t h, 
   alignas(64) float weights[kMostKeys * heads];
   alignas(64) float shrink[heads];
   const int64_t words = paired ? own.width / 2 : own.width;
-  score<T, heads, paired>(in.k + first * in.k_stride, in.k_stride, count, in.size, own.q + h * own.width, words,
-                          in.scale, own.block, weights);
+  score<T, heads, paired>(in.k + first * in.k_stride, in.k_stride, count, in.size, own.q + h * own.width,
+                          words, in.scale, own.block, weights);
   const int blocks = (count + kLanes - 1) / kLanes;
   soften<heads>(weights, blocks * heads, own.top + h, own.total + h, shrink);
   for (int64_t c = 0; c < in.size; c += kChunk)
@@ -343,8 +359,8 @@ RK_INLINE void blocks_of_heads(int64_t heads, const F& f) {
   }
 }
 
-// The heads' part over one split. `out`, [heads, size], takes the result where this is the whole row; where it
-// is null, `states` takes maximum, sum and values of each head, decode_state(size) floats.
+// The heads' part over one split. `out`, [heads, size], takes the result where this is the whole row; where
+// it is null, `states` takes maximum, sum and values of each head, decode_state(size) floats.
 template <class T, bool paired>
 void decode_split(const DecodeSplit<T>& in, float* scratch, float* states, T* out) {
   const int64_t size = in.size;
@@ -357,7 +373,8 @@ void decode_split(const DecodeSplit<T>& in, float* scratch, float* states, T* ou
   }
   for (int64_t first = 0, count; first < in.keys; first += count) {
     count = in.keys - first <= kMostKeys ? in.keys - first : kTile;
-    blocks_of_heads(in.heads, [&](auto some, int64_t h) { attend<T, some, paired>(in, own, h, first, int(count)); });
+    blocks_of_heads(in.heads,
+                    [&](auto some, int64_t h) { attend<T, some, paired>(in, own, h, first, int(count)); });
   }
   for (int64_t h = 0; h < in.heads; ++h) {
     const float* acc = own.acc + h * own.width;

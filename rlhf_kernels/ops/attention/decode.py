@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels.runtime.checks import FLOATING, floating, on, shaped
+from rlhf_kernels.runtime.checks import FLOATING, floating, on, positive, shaped
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
@@ -59,8 +58,9 @@ def decode_attention(
 
     Args:
         q: [B, H, 1, D].
-        k_cache, v_cache: [B, G, C, D], same dtype and device, any strides but contiguous in D, so that a slice
-            of a larger cache is not copied. H is a multiple of G, and query head h reads head h // (H // G).
+        k_cache, v_cache: [B, G, C, D], same dtype and device, any strides but contiguous in D, so that a
+            slice of a larger cache is not copied. H is a multiple of G, and query head h reads head
+            h // (H // G).
         lengths: [B] int64 or int32, one past the last slot that is seen. None means C; what is beyond C, too.
         starts: [B] likewise, the first slot that is seen. None means 0.
         scale: positive factor on the scores, D**-0.5 by default.
@@ -69,7 +69,8 @@ def decode_attention(
         [B, H, 1, D] in q's dtype, contiguous; float32 arithmetic (float64 for float64).
 
     Raises:
-        TypeError: an operand is no floating-point tensor, lengths or starts are not whole numbers.
+        TypeError: an operand is no floating-point tensor, lengths or starts are not whole numbers, scale is
+            no number.
         ValueError: shapes, dtypes or devices do not fit, the scale is not positive, or an input requires a
             gradient: there is none.
     """
@@ -82,10 +83,8 @@ def decode_attention(
         )
     if scale is None:
         scale = q.shape[3] ** -0.5
-    elif not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(
-            f"decode_attention(): scale must be positive and finite, got {scale}. Negate q instead."
-        )
+    else:
+        positive("decode_attention", "scale", scale)
     return _decode(q, k_cache, v_cache, lengths, starts, scale)
 
 

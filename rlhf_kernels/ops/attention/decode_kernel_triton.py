@@ -69,28 +69,26 @@ def split_kernel(
         queries = load(
             q + batch * stride_qb + head[:, None] * stride_qh + d[None, :], (member < each)[:, None], UPCAST
         )
-        k += batch * stride_kb + group * stride_kg + (low + first).to(tl.int64) * stride_ks
-        v += batch * stride_vb + group * stride_vg + (low + first).to(tl.int64) * stride_vs
-        n = tl.arange(0, BLOCK_N)
-        k += n[:, None].to(tl.int64) * stride_ks + d[None, :]
-        v += n[:, None].to(tl.int64) * stride_vs + d[None, :]
+        slot = (low + first + tl.arange(0, BLOCK_N)).to(tl.int64)
+        keys = k + batch * stride_kb + group * stride_kg + slot[:, None] * stride_ks + d[None, :]
+        others = v + batch * stride_vb + group * stride_vg + slot[:, None] * stride_vs + d[None, :]
         acc = tl.zeros([BLOCK_H, D], tl.float32)
         total = tl.zeros([BLOCK_H], tl.float32)
         top = tl.full([BLOCK_H], LOWEST, tl.float32)
         left = tl.minimum(count - first, share)
         for _ in range(0, tl.cdiv(left, BLOCK_N)):
-            inside = n < left
-            scores = dot(queries, tl.trans(load(k, inside[:, None], UPCAST))) * scale_log2
+            inside = tl.arange(0, BLOCK_N) < left
+            scores = dot(queries, tl.trans(load(keys, inside[:, None], UPCAST))) * scale_log2
             scores = tl.where(inside[None, :], scores, float("-inf"))
-            seen = load(v, inside[:, None], UPCAST)
+            seen = load(others, inside[:, None], UPCAST)
             higher = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp2(scores - higher[:, None])
             shrink = tl.exp2(top - higher)
             acc = dot(weights.to(seen.dtype), seen, acc * shrink[:, None])
             total = total * shrink + tl.sum(weights, 1)
             top = higher
-            k += BLOCK_N * stride_ks
-            v += BLOCK_N * stride_vs
+            keys += BLOCK_N * stride_ks
+            others += BLOCK_N * stride_vs
             left -= BLOCK_N
         at = (batch * H + head) * splits + split
         tl.store(values + at[:, None] * D + d[None, :], acc, mask=(member < each)[:, None])

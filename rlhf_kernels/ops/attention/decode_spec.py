@@ -22,12 +22,10 @@ from rlhf_kernels.engine.spec import (
     itemsize,
     randn,
 )
-from rlhf_kernels.ops.attention import decode_kernel_torch, decode_reference
-from rlhf_kernels.ops.attention.decode import decode_attention
+from rlhf_kernels.ops.attention import decode_attention, decode_kernel_torch, decode_reference
 
 HALF = (torch.bfloat16, torch.float16)
 TYPICAL = (torch.float32, torch.bfloat16)  # float16 is slow on CPUs
-ALL_DTYPES = (*FLOAT_DTYPES, torch.float64)
 
 
 def _case(name: str, sizes: str, tier: str = "typical", **options: Any) -> Case:
@@ -40,7 +38,7 @@ def _case(name: str, sizes: str, tier: str = "typical", **options: Any) -> Case:
 
 # `rows` says which slots the rows see, `layout` how the cache lies, `scale` is an argument.
 CASES = (
-    _case("small", "2x4/1x64x32", "smoke", rows="ragged", dtypes=ALL_DTYPES),
+    _case("small", "2x4/1x64x32", "smoke", rows="ragged"),
     _case("palm_1x4096", "1x8/1x4096x64", dtypes=TYPICAL),
     _case("palm_128_1x4096", "1x8/1x4096x128", dtypes=TYPICAL),
     _case("palm_16x144", "16x8/1x144x64", dtypes=TYPICAL),
@@ -51,9 +49,9 @@ CASES = (
     _case("palm_64x32768", "64x8/1x32768x64", "large", dtypes=HALF, checked={"batch": (0, 63)}),
     _case("llama8b_16x8192", "16x32/8x8192x128", "large", rows="ragged", dtypes=HALF,
           checked={"batch": (0, 15)}),
-    _case("ragged", "3x4/2x75x32", "awkward", rows="ragged", dtypes=ALL_DTYPES),
-    _case("left_padded", "3x4/1x75x64", "awkward", rows="left", dtypes=ALL_DTYPES),
-    _case("nothing_seen", "4x2/1x40x32", "awkward", rows="nothing", dtypes=ALL_DTYPES),
+    _case("ragged", "3x4/2x75x32", "awkward", rows="ragged"),
+    _case("left_padded", "3x4/1x75x64", "awkward", rows="left"),
+    _case("nothing_seen", "4x2/1x40x32", "awkward", rows="nothing"),
     _case("int32", "3x2/1x50x32", "awkward", rows="ragged", whole="int32"),
     _case("head_128", "2x8/1x70x128", "awkward", rows="left"),
     _case("heads_alone", "2x3/3x66x32", "awkward", rows="ragged"),
@@ -166,9 +164,11 @@ def _split(k: Any, target: str, size: int, dtype: str, each: int, ragged: bool) 
     constants = {"BLOCK_H": heads, "BLOCK_N": keys, "D": size, "LEAST": k.least_keys(target),
                  "MOST": k.MOST_SPLITS, "UPCAST": False}  # fmt: skip
     name = f"split/{dtype}/{size}/heads{heads}{'/ragged' * ragged}"
+    # 16 rows are too few for the large instructions of sm_90 and sm_100: there Triton takes those of sm_80.
+    tensor_core = dtype != "fp32" and (heads >= 64 or target in ("sm_80", "gfx942"))
     return _build(
         name, k.split_kernel, target, types | {"scale_log2": "fp32"}, constants, ragged,
-        num_warps=warps, num_stages=stages, tensor_core=dtype != "fp32",
+        num_warps=warps, num_stages=stages, tensor_core=tensor_core,
     )  # fmt: skip
 
 
