@@ -7,10 +7,12 @@
 
 namespace rk {
 
-// Whether the processor multiplies pairs of bfloat16 (AVX512_BF16) and may be asked to.
+// Whether to multiply pairs of bfloat16 (AVX512_BF16, which is not part of x86-64-v4). Whoever names a level
+// in RLHF_KERNELS_ISA gets that level and no more.
 inline bool multiplies_pairs() {
 #if RK_MULTI_ISA
-  static const bool found = isa() == Isa::kV4 && __builtin_cpu_supports("avx512bf16");
+  static const bool found =
+      isa() == Isa::kV4 && __builtin_cpu_supports("avx512bf16") && std::getenv("RLHF_KERNELS_ISA") == nullptr;
   return found;
 #else
   return false;

@@ -15,6 +15,7 @@ constexpr float kLowest = -std::numeric_limits<float>::max();  // finite: a scor
 
 using Floats = vec_t<float>;
 using Bits = mask_t<float>;
+typedef uint32_t Words32 __attribute__((vector_size(kLanes * 4)));
 
 RK_INLINE Floats as_floats(const Bits& x) {
   return __builtin_bit_cast(Floats, x);
@@ -84,8 +85,8 @@ RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats& y, std::fals
 RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats& y, std::true_type) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
 }
-#else
-RK_INLINE void multiply(Floats& acc, const Floats&, const Floats&, std::true_type) {}
+#else  // never chosen: see multiplies_pairs()
+RK_INLINE void multiply(Floats&, const Floats&, const Floats&, std::true_type) {}
 #endif
 
 // `unit` words, repeated to fill a vector.
@@ -175,6 +176,7 @@ RK_INLINE void score(const T* k, int64_t stride, int count, int64_t size, const 
       base = reinterpret_cast<const char*>(block);
       step = words * sizeof(float);
     }
+    const int64_t ahead = 4 * kLanes * stride * int64_t(sizeof(T));
     Floats acc[kLanes] = {};
     for (int64_t w = 0; w < words; w += kUnits * unit) {
       Floats query[kUnits];
@@ -187,6 +189,7 @@ RK_INLINE void score(const T* k, int64_t stride, int count, int64_t size, const 
         for (int j = 0; j < kUnits; ++j)
           multiply(acc[i], repeated<unit>(row + j * unit * sizeof(float)), query[j],
                    std::bool_constant<paired>());
+        __builtin_prefetch(row + ahead);
         row += step;
         asm("" : "+r"(row));  // else GCC keeps a pointer for every row, in vector registers
       }
@@ -254,6 +257,7 @@ RK_INLINE void weigh(const T* v, int64_t stride, int count, int64_t cols, const 
       __builtin_memcpy(padded, from, cols * sizeof(T));
       from = padded;
     }
+    __builtin_prefetch(v + (s + 16) * stride);
     Floats first, second;
     load_chunk(from, first, second);
 #pragma GCC unroll 8
@@ -266,6 +270,64 @@ RK_INLINE void weigh(const T* v, int64_t stride, int count, int64_t cols, const 
   for (int h = 0; h < heads; ++h) {
     store_lanes<float>(acc + h * width, sum[h][0]);
     store_lanes<float>(acc + h * width + kLanes, sum[h][1]);
+  }
+}
+
+// The same for two keys at a time, whose weights are a pair of bfloat16 in one word.
+template <int heads>
+RK_INLINE void weigh_pairs(const bf16* v, int64_t stride, int count, int64_t cols, const float* weights,
+                           const float* shrink, float* acc, int64_t width) {
+  Floats sum[heads][2];
+#pragma GCC unroll 8
+  for (int h = 0; h < heads; ++h) {
+    sum[h][0] = load_lanes(acc + h * width) * shrink[h];
+    sum[h][1] = load_lanes(acc + h * width + kLanes) * shrink[h];
+  }
+  const bool whole = cols == kChunk;
+  bf16 padded[2][kChunk];
+  for (int s = 0; s < count; s += 2) {
+    const bf16 *from = v + s * stride, *next = from + stride;
+    if (!whole || s + 1 == count) {
+      __builtin_memset(padded, 0, sizeof(padded));
+      __builtin_memcpy(padded[0], from, cols * sizeof(bf16));
+      if (s + 1 < count) __builtin_memcpy(padded[1], next, cols * sizeof(bf16));
+      from = padded[0];
+      next = padded[1];
+    }
+    __builtin_prefetch(v + (s + 16) * stride);
+    __builtin_prefetch(v + (s + 17) * stride);
+    Words32 first, second;
+    __builtin_memcpy(&first, from, sizeof(first));
+    __builtin_memcpy(&second, next, sizeof(second));
+    const Floats evens = __builtin_bit_cast(Floats, (first & 0xffffu) | (second << 16));
+    const Floats odds = __builtin_bit_cast(Floats, (first >> 16) | (second & 0xffff0000u));
+#pragma GCC unroll 8
+    for (int h = 0; h < heads; ++h) {
+      const Floats weight = repeated<1>(weights + s / 2 * heads + h);
+      multiply(sum[h][0], evens, weight, std::true_type());
+      multiply(sum[h][1], odds, weight, std::true_type());
+    }
+  }
+#pragma GCC unroll 8
+  for (int h = 0; h < heads; ++h) {
+    store_lanes<float>(acc + h * width, sum[h][0]);
+    store_lanes<float>(acc + h * width + kLanes, sum[h][1]);
+  }
+}
+
+// weights[s][heads] rounded, and those of two keys in one word.
+template <int heads>
+RK_INLINE void pair_weights(float* weights, int count) {
+  uint32_t pair[heads];
+  for (int s = 0; s < count; s += 2) {
+#pragma omp simd
+    for (int h = 0; h < heads; ++h) {  // as store<bf16> rounds, but in 32 bits
+      const uint32_t low = float_to_bits(weights[s * heads + h]);
+      const uint32_t high = float_to_bits(weights[(s + 1) * heads + h]);
+      pair[h] = ((low + 0x7fffu + ((low >> 16) & 1u)) >> 16) |
+                ((high + 0x7fffu + ((high >> 16) & 1u)) & 0xffff0000u);
+    }
+    __builtin_memcpy(weights + s / 2 * heads, pair, sizeof(pair));
   }
 }
 
@@ -333,10 +395,17 @@ RK_OUTLINE void attend(const DecodeSplit<T>& in, const Scratch& own, int64_t h, 
                           words, in.scale, own.block, weights);
   const int blocks = (count + kLanes - 1) / kLanes;
   soften<heads>(weights, blocks * heads, own.top + h, own.total + h, shrink);
-  for (int64_t c = 0; c < in.size; c += kChunk)
-    weigh<T, heads>(in.v + first * in.v_stride + c, in.v_stride, count,
-                    in.size - c < kChunk ? in.size - c : kChunk, weights, shrink, own.acc + h * own.width + c,
-                    own.width);
+  constexpr bool pairs = paired && heads >= 4;  // below, rounding the weights costs what it saves
+  if constexpr (pairs) pair_weights<heads>(weights, count);
+  for (int64_t c = 0; c < in.size; c += kChunk) {
+    const T* v = in.v + first * in.v_stride + c;
+    const int64_t cols = in.size - c < kChunk ? in.size - c : kChunk;
+    float* acc = own.acc + h * own.width + c;
+    if constexpr (pairs)
+      weigh_pairs<heads>(v, in.v_stride, count, cols, weights, shrink, acc, own.width);
+    else
+      weigh<T, heads>(v, in.v_stride, count, cols, weights, shrink, acc, own.width);
+  }
 }
 
 // f(heads, h) for blocks of heads that a kernel is compiled for.

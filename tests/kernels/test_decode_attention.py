@@ -144,11 +144,12 @@ print("right")
 """
 
 
-@pytest.mark.parametrize("level", ["base", "v3", "v4"])
+@pytest.mark.parametrize("level", ["base", "v3", "v4", "all that the processor has"])
 def test_every_block_of_heads_size_and_rest_on_every_instruction_set(level):
     if reason := native.missing("_C"):
         pytest.skip(reason)
-    environment = os.environ | {"RLHF_KERNELS_ISA": level, "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "RLHF_KERNELS_ISA"}
+    environment |= {"RLHF_KERNELS_ISA": level} if len(level) < 5 else {}
     done = subprocess.run(
         [sys.executable, "-c", SHAPES], capture_output=True, text=True, timeout=240, env=environment
     )
