@@ -73,7 +73,8 @@ def run(
     for ledger in ledgers:
         family = ledger.path.stem
         own = sorted((one for one in measured if one.family == family), key=lambda one: one.key)
-        asked = {spec.name for spec in chosen if spec.family == family} | {family}
+        # The room's own name stands for its .cu files, unless one of its ops bears it.
+        asked = {spec.name for spec in chosen if spec.family == family} | ({family} - set(specs))
         gone = _gone(ledger, own, asked, targets, tools)
         if update:
             loosened += _update(ledger, own, gone, tools)

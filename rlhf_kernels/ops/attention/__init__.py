@@ -1,4 +1,4 @@
-"""Attention with grouped heads, a causal mask and any key mask, never holding the scores."""
+"""Attention with grouped heads, a causal mask and any key mask, never holding the scores; decoding steps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_kernels.ops.attention.decode import decode_attention
 from rlhf_kernels.ops.attention.layout import new_like
 from rlhf_kernels.runtime.checks import boolean, floating, on, shaped
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
+
+__all__ = ["attention", "decode_attention"]
 
 _OP = Op("attention", __name__, {"cpu": ("torch",), "cuda": ("triton", "torch")})
 

@@ -20,7 +20,7 @@ from rlhf_kernels.engine.spec import (
     itemsize,
     randn,
 )
-from rlhf_kernels.ops.attention import attention, kernel_torch, reference
+from rlhf_kernels.ops.attention import attention, decode_spec, kernel_torch, reference
 
 HALF = (torch.bfloat16, torch.float16)
 TYPICAL = (torch.float32, torch.bfloat16)  # float16 is slow on CPUs
@@ -201,4 +201,5 @@ SPECS = (
         narrow=narrow,
         kernels=kernels,
     ),
+    decode_spec.SPEC,
 )
