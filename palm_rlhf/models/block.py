@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from palm_rlhf.models.cache import KVCache
 from palm_rlhf.models.linear import linear, pack, packed_linear
 from palm_rlhf.models.lora import BlockLoRA
-from rlhf_kernels import RotaryTables, attention, layer_norm, rms_norm, rotary, swiglu
+from rlhf_kernels import RotaryTables, attention, decode_attention, layer_norm, rms_norm, rotary, swiglu
 
 if TYPE_CHECKING:
     from palm_rlhf.models.palm import PaLMConfig
@@ -92,14 +92,20 @@ class Block(nn.Module):
         if context.cache is not None:
             k, v = context.cache.append(layer, context.slots, k, v)
         if steps == 1:
-            # All heads of one step read the same keys: they are the queries of one head.
-            out = attention(q.transpose(1, 2), k, v, key_mask=context.key_mask, scale=self.scale)
-            return out.reshape(batch, 1, self.heads * self.dim_head)
+            return self._attend_step(q, k, v, context).reshape(batch, 1, self.heads * self.dim_head)
         if self.training and self.attn_dropout:
             out = self._with_dropout(q, k, v, context.key_mask)
         else:
             out = attention(q, k, v, causal=self.causal, key_mask=context.key_mask, scale=self.scale)
         return out.transpose(1, 2).reshape(batch, steps, self.heads * self.dim_head)
+
+    def _attend_step(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """What the heads of one step read, [B, H, 1, D] or with the middle dimensions exchanged."""
+        cache = context.cache
+        if cache is not None and cache.gapless and not (torch.is_grad_enabled() and q.requires_grad):
+            return decode_attention(q, k, v, starts=cache.starts, scale=self.scale)
+        # All heads of one step read the same keys: they are the queries of one head.
+        return attention(q.transpose(1, 2), k, v, key_mask=context.key_mask, scale=self.scale)
 
     def _unit(self, x: Tensor, weight: Tensor) -> Tensor:
         """x / |x| * weight, by the norm that divides by |x| / sqrt(D)."""

@@ -31,6 +31,9 @@ class KVCache:
         self.mask = torch.zeros(shape[0], shape[2], dtype=torch.bool, device=device)
         self.length = 0
         self.padded = False
+        # First token of each row, where padding is on the left alone; a row without padding starts at 0.
+        self.starts: Tensor | None = None
+        self.gapless = True
         self._tables = tables
 
     @property
@@ -55,7 +58,10 @@ class KVCache:
             self.mask[:, slots] = True
         else:
             self.mask[:, slots] = mask
-            self.padded = self.padded or not bool(mask.all())
+            if not bool(mask.all()):
+                self.padded = True
+                self.gapless = slots.start == 0 and bool((mask[:, 1:] >= mask[:, :-1]).all())
+                self.starts = (~mask).sum(1)
         self.length = end
         return slots
 
@@ -75,3 +81,4 @@ class KVCache:
         self.keys = [key[rows] for key in self.keys]
         self.values = [value[rows] for value in self.values]
         self.mask = self.mask[rows]
+        self.starts = None if self.starts is None else self.starts[rows]
