@@ -17,7 +17,7 @@ from palm_rlhf.models.checkpoint import CheckpointError, load_palm, save_palm
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.tasks.calculator import Calculator, gsm8k, products
 from palm_rlhf.tokens import FileTokenizer, Tokenizer, check_fits, load_tokenizer
-from palm_rlhf.trainers.log import write_aside
+from rlhf_kernels.runtime.files import write_aside
 
 # Of the calculator's problems: 1*1= to 299*4=.
 FACTORS = (299, 4)
@@ -107,7 +107,7 @@ def tokenizer_metadata(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """What to keep of a tokenizer with a model in `folder`; a tokenizer file is copied there first."""
     if not isinstance(tokenizer, FileTokenizer):
         return {"tokenizer": tokenizer.name}
-    write_aside(folder / TOKENIZER, tokenizer.text.encode())
+    write_aside(folder / TOKENIZER, tokenizer.text)
     return {
         "tokenizer": TOKENIZER,
         "pad": tokenizer.token(tokenizer.pad),

@@ -12,7 +12,8 @@ from typing import Any
 from palm_rlhf.models.checkpoint import CheckpointError
 from palm_rlhf.trainers import loop
 from palm_rlhf.trainers.checkpoints import Checkpoints
-from palm_rlhf.trainers.log import RunLog, plot_metrics, read_metrics, write_aside
+from palm_rlhf.trainers.log import RunLog, plot_metrics, read_metrics
+from rlhf_kernels.runtime.files import write_aside
 
 # What may change when a run is resumed, since no number depends on it.
 _FREE = {"out", "quiet", "save_every", "device"}
@@ -81,7 +82,7 @@ class Run:
             ValueError: training failed; the text says where the last checkpoint is.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_aside(self.folder / "config.json", json.dumps(self.config, indent=1).encode())
+        write_aside(self.folder / "config.json", json.dumps(self.config, indent=1))
         log = RunLog(self.folder, shown=shown)
         try:
             loop.run(

@@ -22,8 +22,8 @@ from palm_rlhf.rewards import ProgrammaticReward
 from palm_rlhf.tasks.calculator import Calculator
 from palm_rlhf.tasks.text import read_lines
 from palm_rlhf.tokens import Tokenizer, stop_token
-from palm_rlhf.trainers.log import write_aside
 from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
+from rlhf_kernels.runtime.files import write_aside
 
 ACTOR, CRITIC = "actor", "critic"
 
@@ -189,5 +189,5 @@ def _concluded(trainer: OnlineTrainer, task: Calculator | None, rows: list[Any],
         found |= {"accuracy_before": before, "accuracy_after": after, "held_out": len(task.held_out)}
         print(f"accuracy on {len(task.held_out)} held-out problems: {before:.1%} before, {after:.1%} after")
         rows = [{"step": 0, "accuracy": before}, *rows[:-1], {**rows[-1], "accuracy": after}]
-    write_aside(folder.folder / "result.json", json.dumps(found, indent=1).encode())
+    write_aside(folder.folder / "result.json", json.dumps(found, indent=1))
     return rows

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from palm_rlhf.models.block import Block, Context
 from palm_rlhf.models.cache import KVCache
 from palm_rlhf.models.lora import BlockLoRA
-from palm_rlhf.models.protocol import Head
+from palm_rlhf.models.protocol import IGNORED, Head
 from rlhf_kernels import RotaryTable, RotaryTables, layer_norm, linear_logprob, rotary_tables
 
-IGNORED = -100
 # Tokens over rotary_xpos_scale_base: beyond, the factors of xPos leave float32's range (0.2857^-64 = 7e34).
 _XPOS_REACH = 128
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+# Label of a token that is not scored.
+IGNORED = -100
+
 
 class Head(NamedTuple):
     """The projection to the vocabulary: weight [V, E], an optional bias [V] and logit softcap."""

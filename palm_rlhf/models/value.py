@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from palm_rlhf.models.protocol import CausalModel
+from palm_rlhf.models.protocol import IGNORED, CausalModel
+from rlhf_kernels import linear_logprob
 
 
 class ValueModel(nn.Module):
@@ -46,18 +47,19 @@ class Policy(nn.Module):
     def forward(
         self, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy [B, R] of the tokens after the first `prompt_width`."""
-        from rlhf_kernels import linear_logprob
-
-        hidden = self.model.hidden_states(tokens, mask=mask, scope=self.scope)[:, prompt_width - 1 : -1]
-        target = tokens[:, prompt_width:]
+        """Log-probability and entropy [B, R] of the tokens after the first `prompt_width`; 0 where masked."""
+        target, read = tokens[:, prompt_width:], mask
+        if mask is not None:
+            target = target.masked_fill(~mask[:, prompt_width:], IGNORED)
+            read = None if bool(mask.all()) else mask[:, :-1]
+        hidden = self.model.hidden_states(tokens[:, :-1], mask=read, scope=self.scope)[:, prompt_width - 1 :]
         head = self.model.head
         weight, bias = (
             None if x is None else x.to(hidden.dtype) for x in head[:2]
         )  # another one under autocast
         found = linear_logprob(
             hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1),
-            bias=bias, temperature=temperature, softcap=head.softcap,
+            bias=bias, temperature=temperature, softcap=head.softcap, ignore_index=IGNORED,
         )  # fmt: skip
         return tuple(x.view(target.shape) for x in found)
 
@@ -72,11 +74,11 @@ def frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def no_dropout(*models: nn.Module) -> None:
-    """Dropout off in PaLM and in PyTorch's own modules: a ratio of probabilities must not see two masks."""
+def set_dropout(dropout: float, *models: nn.Module) -> None:
+    """Dropout of PaLM and of PyTorch's own modules, wherever they are in these."""
     for model in models:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
-                module.p = 0.0
+                module.p = dropout
             if hasattr(module, "set_dropout"):
-                module.set_dropout(0.0)
+                module.set_dropout(dropout)

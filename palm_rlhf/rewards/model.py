@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.preferences import binned_loss, expected_value, regression_loss
 from palm_rlhf.generation import Generation
 from palm_rlhf.models.protocol import CausalModel
+from palm_rlhf.models.value import set_dropout
 from rlhf_kernels import sample
 
 Pooling = Literal["last", "mean"]
@@ -80,7 +81,7 @@ class RewardModel(nn.Module):
                 "reward_lora_scope, or load the reward model that they belong to."
             )
         self.palm = _twin(palm, share=use_lora if share is None else share)
-        _set_dropout(self.palm, dropout)
+        set_dropout(dropout, self.palm)
         self.reward_lora_scope = reward_lora_scope if use_lora else None
         if use_lora:
             self.palm.add_finetune_params(reward_lora_scope, lora_r)
@@ -287,14 +288,6 @@ def _twin(palm: Any, share: bool) -> Any:
     for scope in list(getattr(twin, "finetune_modules", ())):
         twin.remove_finetune_params(scope)
     return twin
-
-
-def _set_dropout(palm: Any, dropout: float) -> None:
-    if hasattr(palm, "set_dropout"):
-        palm.set_dropout(dropout)
-    for module in palm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
 
 
 def _checked_mask(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rlhf_kernels.runtime.files import write_aside
+
 _SMOOTHED = 20
 
 
@@ -42,7 +44,7 @@ class RunLog:
         self.close()
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            write_aside(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            write_aside(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         # By the line, so that a run can be watched.
         self._file = self.path.open("a", buffering=1)
         if self._wants_board:
@@ -119,18 +121,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
-
-
-def write_aside(path: str | Path, data: bytes) -> Path:
-    """Writes a file under another name and renames it: it is there as a whole or not at all."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(data)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.objectives import masked_mean
 from palm_rlhf.algorithms.table import Algorithm, Outputs
 from palm_rlhf.generation import Generation, generate
-from palm_rlhf.models.value import Policy, ValueModel, no_dropout
+from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
 
 
@@ -113,7 +113,8 @@ class OnlineTrainer:
         self.policy, self.reference, self.critic = policy, reference, critic
         self.reward, self.prompts, self.stop, self.pad = reward, [list(p) for p in prompts], stop, pad
         self.evaluate, self.eval_every = evaluate, eval_every
-        no_dropout(*(model for model in (policy, reference, critic) if model is not None))
+        # A ratio of probabilities must not see two masks.
+        set_dropout(0.0, *(model for model in (policy, reference, critic) if model is not None))
         seeds = torch.Generator().manual_seed(config.seed)
         self._generators = {
             name: torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=seeds)))

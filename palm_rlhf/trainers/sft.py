@@ -14,9 +14,6 @@ from palm_rlhf.algorithms.objectives import masked_mean
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import Policy
 from palm_rlhf.tasks.text import Samples
-from rlhf_kernels import linear_logprob
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -67,18 +64,6 @@ class SFTConfig:
         return self.lr * (self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-def next_token_logprob(model: CausalModel, tokens: Tensor, mask: Tensor, scope: str | None = None) -> Tensor:
-    """[B, T - 1]: log-probability of tokens[:, 1:] in float32, each given those before it; 0 where masked."""
-    real = mask[:, 1:]
-    hidden = model.hidden_states(tokens[:, :-1], mask=None if bool(mask.all()) else mask[:, :-1], scope=scope)
-    target, head = tokens[:, 1:].masked_fill(~real, IGNORED), model.head
-    found, _ = linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1]), head.weight, target.reshape(-1),
-        bias=head.bias, softcap=head.softcap, ignore_index=IGNORED,
-    )  # fmt: skip
-    return found.view(target.shape)
-
-
 class SFTTrainer:
     """A `Learner`: cross entropy of the next token, AdamW, warm-up and cosine."""
 
@@ -109,14 +94,14 @@ class SFTTrainer:
             raise ValueError(
                 f"samples of {longest} tokens exceed the model's {model.max_length}. Lower the length."
             )
-        self.model, self.scope, self.config = model, scope, config
+        self.model, self.policy, self.config = model, Policy(model, scope), config
         self.samples, self.held_back = (
             samples,
             held_back if held_back is not None and len(held_back) else None,
         )
         self._order = torch.empty(0, dtype=torch.int64)
         self._generator = torch.Generator().manual_seed(config.seed)
-        learned = {id(p) for p in Policy(model, scope).trained()}
+        learned = {id(p) for p in self.policy.trained()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in learned)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -163,7 +148,7 @@ class SFTTrainer:
         return tuple(x.to(self.model.device) for x in (tokens, mask, samples.learned(index, mask)))
 
     def _loss_sum(self, tokens: Tensor, mask: Tensor, learned: Tensor) -> Tensor:
-        return -masked_mean(next_token_logprob(self.model, tokens, mask, self.scope), learned[:, 1:], 1.0)
+        return -masked_mean(self.policy(tokens, mask, prompt_width=1)[0], learned[:, 1:], 1.0)
 
     def _next_indices(self) -> Tensor:
         """Every sample once before any comes again, in a fresh order each time."""

@@ -25,12 +25,17 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_kernels"
 
 
-def write_aside(path: Path, text: str) -> None:
+def write_aside(path: str | Path, data: str | bytes) -> Path:
     """Writes a file under another name and renames it; makes its directory where there is none."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+    try:
+        aside.write_bytes(data.encode() if isinstance(data, str) else data)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from palm_rlhf.algorithms.estimators import gae_with_kl, kl_estimate
 from palm_rlhf.algorithms.objectives import clipped_policy_loss, clipped_value_loss, log_ratio, masked_mean
 from palm_rlhf.algorithms.table import ALGORITHMS, Outputs, PPOOptions, ppo_estimator, ppo_objective
 from palm_rlhf.generation import generate
-from palm_rlhf.models.value import Policy, ValueModel, no_dropout
+from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
 from rlhf_kernels import masked_normalize
@@ -33,7 +33,7 @@ class Setting:
         self.policy, self.reference = Policy(model, "actor"), Policy(model)
         self.critic = ValueModel(model, "critic")
         self.critic.value_head.weight.data.normal_()
-        no_dropout(self.policy, self.critic)
+        set_dropout(0.0, self.policy, self.critic)
         generation = generate(
             model, PROMPTS, max_new_tokens=9, temperature=temperature, stop=[2, 3, 4, 5], scope="actor",
             generator=torch.Generator().manual_seed(seed), **sampling,

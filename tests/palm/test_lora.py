@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from palm_rlhf.models.lora import LoRA
-from palm_rlhf.models.value import Policy, ValueModel, frozen, no_dropout
+from palm_rlhf.models.value import Policy, ValueModel, frozen, set_dropout
 
 SAME = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -116,6 +116,6 @@ def test_values_are_zero_before_the_first_update(palm, tokens):
 def test_no_dropout_turns_it_off_in_all_of_them(make_palm, tokens):
     model = make_palm(attn_dropout=0.5, ff_dropout=0.5).train()
     other = torch.nn.Sequential(torch.nn.Dropout(0.5))
-    no_dropout(Policy(model), other)
+    set_dropout(0.0, Policy(model), other)
     assert torch.equal(model(tokens), model(tokens))
     assert other[0].p == 0.0

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from palm_rlhf.models.palm import PaLM
+from palm_rlhf.models.value import Policy
 from palm_rlhf.tasks.text import Samples, lines, read_text, windows
 from palm_rlhf.tokens import ByteTokenizer
-from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer, next_token_logprob
+from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer
 from tests.palm.command_line import real_text
 
 BYTES = ByteTokenizer()
@@ -26,7 +27,7 @@ def stacked(*parts: tuple[str, int]) -> Samples:
 def test_log_probabilities_are_those_of_the_logits_and_0_where_masked():
     model, samples = tiny(), lines(["abcdef", "xy"], BYTES)
     tokens, mask = samples.batch(torch.arange(2))
-    found = next_token_logprob(model, tokens, mask)
+    found = Policy(model)(tokens, mask, 1)[0]
     expected = model(tokens).log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(found[mask[:, 1:]], expected[mask[:, 1:]], rtol=1e-5, atol=1e-5)
     assert not found[~mask[:, 1:]].any()
@@ -51,7 +52,7 @@ def test_of_a_prompt_and_its_response_the_response_alone_is_learned():
     tokens, mask, learned = trainer._batch(samples, torch.arange(2))
     assert [BYTES.decode(row[real].tolist()) for row, real in zip(tokens, mask)] == ["abcd", "efgh"]
     assert learned.tolist() == [[False, False, True, True, True], [False, True, True, True, True]]
-    found = next_token_logprob(trainer.model, tokens, mask).detach()
+    found = trainer.policy(tokens, mask, 1)[0].detach()
     assert trainer.step(0)["loss"] == pytest.approx(-float(found[:, 1:].sum() + found[1, 0]) / 7, rel=1e-5)
     assert samples.divided(0.5)[1].given.tolist() == [1]
 
@@ -94,7 +95,7 @@ def test_validation_is_the_mean_over_tokens_and_has_no_dropout():
     found = trainer.validation_loss()
     tokens, mask = judge.batch(torch.arange(3))
     with torch.no_grad():
-        every = next_token_logprob(trainer.model.eval(), tokens, mask)
+        every = Policy(trainer.model.eval())(tokens, mask, 1)[0]
     assert found == pytest.approx(-float(every.sum() / mask[:, 1:].sum()), rel=1e-5)
     assert found == trainer.validation_loss()
 
