@@ -125,64 +125,85 @@ def generate(
     ends = [stop] if isinstance(stop, int) else sorted(stop or ())
     for name, ids in (("stop", ends), ("pad", [pad])):
         _in_vocabulary(model, name, ids)
-    stops = torch.tensor(ends, dtype=torch.int64, device=tokens.device)
-    policy = model.for_sampling(scope)
-    rows, width = tokens.shape
-    out = tokens.new_full((rows, width + max_new_tokens), pad)
-    out[:, :width] = tokens
-    real = F.pad(mask, (0, max_new_tokens))
-    found = torch.zeros(2, rows, max_new_tokens, device=tokens.device)
-    live = torch.arange(rows, device=tokens.device)  # rows still in the cache
-    ended = torch.zeros(rows, dtype=torch.bool, device=tokens.device)
-    kept = policy.new_cache(rows, width + max_new_tokens) if cache else None
+    policy, head = model.for_sampling(scope), model.head
+    rows = _Rows(tokens, mask, max_new_tokens, pad, ends)
+    kept = policy.new_cache(len(tokens), tokens.shape[1] + max_new_tokens) if cache else None
     fresh, fresh_mask = tokens, None if bool(mask.all()) else mask
-    head = policy.head
+    where = tokens.device if generator is None else generator.device
     steps = 0
-    for step in range(max_new_tokens):
-        steps = step + 1
+    while steps < max_new_tokens:
         if kept is None:
-            whole = width + step
-            hidden = policy.hidden_states(out[:, :whole], mask=real[:, :whole])[:, -1]
+            hidden = _uncached(policy, *rows.so_far(steps))
         else:
             hidden = policy.hidden_states(fresh, mask=fresh_mask, cache=kept)[:, -1]
-        uniform = torch.rand(
-            rows, dtype=torch.float64, device=_device(generator, tokens), generator=generator
-        )
+        uniform = torch.rand(len(tokens), dtype=torch.float64, device=where, generator=generator)
         drawn = sample(
-            _logits(hidden, head),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            uniform=uniform.to(tokens.device)[live],
-        )
-        token, at = drawn[0], width + step
-        going = ~ended[live]
-        out[live, at] = torch.where(going, token, pad)
-        real[live, at] = going
-        found[0, live, step] = torch.where(going, drawn[1].float(), 0.0)
-        found[1, live, step] = torch.where(going, drawn[2].float(), 0.0)
-        if len(stops):
-            ended[live] |= torch.isin(token, stops)
+            _logits(hidden, head), temperature=temperature, top_k=top_k, top_p=top_p,
+            uniform=uniform.to(tokens.device)[rows.live],
+        )  # fmt: skip
+        rows.record(steps, *drawn)
+        steps += 1
         if on_token is not None:
             on_token(steps)
-        fresh, fresh_mask = out[live, at : at + 1], None
-        if len(stops):
-            going = ~ended[live]
-            remaining = int(going.sum())
-            if remaining == 0:
-                break
-            if kept is not None and remaining <= (1 - _DROP) * len(live):
-                keep = going.nonzero().squeeze(1)
-                kept.keep(keep)
-                live, fresh = live[keep], fresh[keep]
-    return Generation(
-        out[:, : width + steps],
-        real[:, : width + steps],
-        width,
-        found[0, :, :steps],
-        found[1, :, :steps],
-        ended,
-    )
+        if rows.all_ended():
+            break
+        if kept is not None and (keep := rows.drop()) is not None:
+            kept.keep(keep)
+        fresh, fresh_mask = rows.last(steps), None
+    return rows.generation(steps)
+
+
+class _Rows:
+    """Rows on their way: what was drawn, which of them still go on, which are still computed (`live`)."""
+
+    def __init__(self, tokens: Tensor, mask: Tensor, new: int, pad: int, stops: Sequence[int]) -> None:
+        count, self.width = tokens.shape
+        self.pad = pad
+        self.stops = torch.tensor(stops, dtype=torch.int64, device=tokens.device)
+        self.tokens, self.mask = F.pad(tokens, (0, new), value=pad), F.pad(mask, (0, new))
+        self.found = torch.zeros(2, count, new, device=tokens.device)
+        self.live = torch.arange(count, device=tokens.device)
+        self.ended = torch.zeros(count, dtype=torch.bool, device=tokens.device)
+
+    def record(self, step: int, token: Tensor, logprob: Tensor, log_mass: Tensor) -> None:
+        """Writes what was drawn for the live rows, padding for those that have ended."""
+        live, at = self.live, self.width + step
+        going = ~self.ended[live]
+        self.tokens[live, at] = torch.where(going, token, self.pad)
+        self.mask[live, at] = going
+        self.found[0, live, step] = torch.where(going, logprob.float(), 0.0)
+        self.found[1, live, step] = torch.where(going, log_mass.float(), 0.0)
+        if len(self.stops):
+            self.ended[live] |= torch.isin(token, self.stops)
+
+    def all_ended(self) -> bool:
+        """Whether nothing is left to draw."""
+        return len(self.stops) > 0 and bool(self.ended.all())
+
+    def drop(self) -> Tensor | None:
+        """Takes out the live rows that have ended, once they are enough; which of them stay."""
+        if not len(self.stops):
+            return None
+        going = ~self.ended[self.live]
+        if int(going.sum()) > (1 - _DROP) * len(going):
+            return None
+        keep = going.nonzero().squeeze(1)
+        self.live = self.live[keep]
+        return keep
+
+    def so_far(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Everything up to now: tokens and mask."""
+        return self.tokens[:, : self.width + steps], self.mask[:, : self.width + steps]
+
+    def last(self, steps: int) -> Tensor:
+        """The newest tokens of the live rows, [live, 1]."""
+        return self.tokens[self.live, self.width + steps - 1, None]
+
+    def generation(self, steps: int) -> Generation:
+        """What was drawn."""
+        tokens, mask = self.so_far(steps)
+        logprob, log_mass = self.found[:, :, :steps]
+        return Generation(tokens, mask, self.width, logprob, log_mass, self.ended)
 
 
 def _prompts(
@@ -235,13 +256,13 @@ def _in_vocabulary(model: CausalModel, name: str, ids: Iterable[int]) -> None:
             )
 
 
+def _uncached(policy: CausalModel, tokens: Tensor, mask: Tensor) -> Tensor:
+    return policy.hidden_states(tokens, mask=mask)[:, -1]
+
+
 def _logits(hidden: Tensor, head: Any) -> Tensor:
     logits = F.linear(hidden, head.weight, head.bias)
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-
-
-def _device(generator: torch.Generator | None, like: Tensor) -> torch.device:
-    return like.device if generator is None else generator.device
 
 
 def best_of(
