@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Reproduces the README's figures: float32, one thread, median of 5 processes, interleaved rounds. Needs `make peers`
-# for the foreign implementations and an otherwise idle machine. About 10 minutes.
+# for the foreign implementations and an otherwise idle machine. About 15 minutes.
 #   bash benchmarks/bars.sh [results.jsonl]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ mkdir -p "$(dirname "$out")"
 
 bench() { rlhf-kernels bench "$@" --dtype float32 --processes 5 --seconds 0.5 --out "$out"; }
 
-bench gae --case 'ppo_*' --baseline 'Python loop'
+bench gae --case 'ppo_*' --baseline 'Python loop' --impl 'native,Python loop,C++ row loop,OpenRLHF,TRL PPO'
 bench gae --case 'large_*' --impl native
 bench masked_normalize --case 'ppo_512x1024,whiten_512x1024,large_4096x4096,large_whiten_4096x4096'
 bench swiglu --case small_64x512,palm_4096x2048,wide_512x8192
