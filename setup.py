@@ -5,7 +5,8 @@ Three extensions, none of them required:
   _C_cuda  CUDA kernels for the same operators; built where nvcc and a CUDA torch are (or FORCE_CUDA=1)
   _host    the torch-free row kernels on NumPy arrays (pybind11)
 
-A room of csrc/ is found by its files: <family>/ops.cpp, <family>/cuda.cu, <family>/host.cpp.
+A room of csrc/ is found by its files: <family>/ops.cpp, <family>/cuda.cu, <family>/host.cpp; a room of
+several ops may have more of them, such as <family>/<op>_ops.cpp.
 Environment: RLHF_KERNELS_NO_EXT=1 builds nothing; FORCE_CUDA=1; TORCH_CUDA_ARCH_LIST; MAX_JOBS.
 What was left out, and why, is written to rlhf_kernels/_build.json, which `rlhf-kernels doctor` prints.
 """
@@ -32,7 +33,7 @@ skipped: dict[str, str] = {}
 
 
 def sources(name: str) -> list[str]:
-    return sorted(str(path) for path in CSRC.glob(f"*/{name}"))
+    return sorted(str(path) for path in CSRC.glob(f"*/*{name}"))
 
 
 def depends() -> list[str]:

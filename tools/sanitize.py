@@ -38,7 +38,7 @@ def build(csrc: Path = ROOT / "csrc", families: tuple[str, ...] = ()) -> Path:
     """Compiles what changed and links `_host`; families () means all. Raises CalledProcessError."""
     CACHE.mkdir(parents=True, exist_ok=True)
     sources = [csrc / "host.cpp"]
-    sources += [p for p in sorted(csrc.glob("*/host.cpp")) if not families or p.parent.name in families]
+    sources += [p for p in sorted(csrc.glob("*/*host.cpp")) if not families or p.parent.name in families]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: _compile(source, csrc), sources))
     name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 // What the row kernels of the advantage room take, for CPU and CUDA. Torch-free.
 #pragma once
 
+#include "common/isa.h"
 #include "common/plane.h"
 
 namespace rk {
@@ -33,6 +34,29 @@ struct GaeBackward {
   Plane<T> grad_rewards, grad_values, grad_next, grad_last;
   int64_t rows, steps;
   double gamma, lam;
+};
+
+// Scores and KL terms in the place of rewards; a mask is always there. `advantages` may be kept in more
+// digits than the inputs; `returns` may be null.
+template <class T, class Out = T>
+struct TokenForward {
+  Plane<const T> score, kl, values;
+  Plane<const uint8_t> mask;
+  Plane<Out> advantages;
+  Plane<T> returns;
+  int64_t rows, steps;
+  double kl_coef, gamma, lam;
+};
+
+// `advantages` are those before whitening; null where they were not whitened.
+template <class T>
+struct TokenBackward {
+  Plane<const T> grad_advantages, grad_returns;
+  Plane<const acc_t<T>> advantages;
+  Plane<const uint8_t> mask;
+  Plane<T> grad_score, grad_kl, grad_values;
+  int64_t rows, steps;
+  double kl_coef, gamma, lam;
 };
 
 }  // namespace rk

@@ -49,4 +49,64 @@ def gae_backward(draw: Draw) -> Trial:
     return Trial((grad_a, grad_r, mask, gamma, lam), (rewards, values), slack)
 
 
-TRIALS = {"gae": gae, "gae_backward": gae_backward}
+def token_advantages(draw: Draw) -> Trial:
+    """gae of -kl_coef * kl, with the score added at the last real step; 0 at masked ones."""
+    shape = draw.choice((draw.size(70), draw.size(60)), (draw.size(20), draw.size(1100)), (3, 1024))
+    score = draw.floats((shape[0],), odd=False, spread=0.1)
+    kl, values = (draw.floats(shape, odd=False, spread=0.1) for _ in range(2))
+    mask = draw.mask(shape)
+    kl_coef, gamma, lam = draw.choice(0.1, 0.0), draw.choice(1.0, 0.99, 0.0), draw.choice(0.95, 0.0)
+    carry = draw.choice(True, False)
+    real = np.asarray(mask)
+    odd = np.float32(draw.choice(np.nan, np.inf, -np.inf))
+    kl, values = (draw.laid_out(np.where(real, x, odd)) for x in (kl, values))
+
+    r = -kl_coef * np.where(real, kl, 0).astype(np.float64)
+    v = np.where(real, values, 0).astype(np.float64)
+    for row in np.flatnonzero(real.any(1)):
+        r[row, np.flatnonzero(real[row])[-1]] += score[row]
+    advantages, state, follows = np.zeros(shape), np.zeros(shape[0]), np.zeros(shape[0])
+    for t in reversed(range(shape[1])):
+        live = real[:, t] | (not carry)
+        step = r[:, t] + gamma * follows - v[:, t] + gamma * lam * state
+        state = np.where(live, step, state)
+        follows = np.where(live, v[:, t], follows)
+        advantages[:, t] = np.where(real[:, t], state, 0)
+    largest = max((np.abs(x).max(initial=0.0) for x in (r, v, advantages)), default=0.0)
+    slack = 1e-6 * largest * (1 + np.sqrt(shape[1]))
+    arguments = (score, kl, values, mask, kl_coef, gamma, lam, carry)
+    return Trial(arguments, (advantages, np.where(real, advantages + v, 0)), slack)
+
+
+def token_advantages_backward(draw: Draw) -> Trial:
+    """The transpose of the above, one step after the other."""
+    shape = draw.choice((draw.size(70), draw.size(60)), (draw.size(20), draw.size(1100)))
+    grad_a, grad_r = (draw.floats(shape, odd=False, spread=0.1) for _ in range(2))
+    mask = draw.mask(shape)
+    kl_coef, gamma, lam = draw.choice(0.1, 0.0), draw.choice(1.0, 0.99), draw.choice(0.95, 0.0)
+    carry = draw.choice(True, False)
+    real = np.asarray(mask)
+
+    rewards, values, score = np.zeros(shape), np.zeros(shape), np.zeros(shape[0])
+    trace, follows = np.zeros(shape[0]), np.zeros(shape[0])
+    for t in range(shape[1]):
+        live = real[:, t] | (not carry)
+        given, to_return = (np.where(real[:, t], x[:, t].astype(np.float64), 0) for x in (grad_a, grad_r))
+        total = given + to_return + trace
+        rewards[:, t] = np.where(real[:, t], total, 0)
+        values[:, t] = np.where(real[:, t], to_return - total + follows, 0)
+        score = np.where(real[:, t], total, score)
+        trace = np.where(live, gamma * lam * total, total)
+        follows = np.where(live, gamma * total, follows)
+    largest = max(np.abs(x).max(initial=0.0) for x in (rewards, values, grad_a, grad_r))
+    slack = 1e-6 * largest * (1 + np.sqrt(shape[1]))
+    arguments = (grad_a, grad_r, mask, kl_coef, gamma, lam, carry)
+    return Trial(arguments, (score, -kl_coef * rewards, values), slack)
+
+
+TRIALS = {
+    "gae": gae,
+    "gae_backward": gae_backward,
+    "token_advantages": token_advantages,
+    "token_advantages_backward": token_advantages_backward,
+}

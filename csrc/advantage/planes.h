@@ -9,9 +9,10 @@ namespace rk {
 // Tensors of one call, as large as `like`; copies that make rows contiguous live as long as it does.
 class Planes {
  public:
-  explicit Planes(const Tensor& like) : like_(like), dtype_(like.scalar_type()) {
+  explicit Planes(const Tensor& like, const char* op = "gae")
+      : like_(like), op_(op), dtype_(like.scalar_type()) {
     const Shape shape(like);
-    STD_TORCH_CHECK(shape.dim == 2, "gae: expected [batch, time], got ", shape.dim, " dimensions");
+    STD_TORCH_CHECK(shape.dim == 2, op_, ": expected [batch, time], got ", shape.dim, " dimensions");
     sizes_[0] = shape.sizes[0];
     sizes_[1] = shape.sizes[1];
   }
@@ -30,8 +31,8 @@ class Planes {
   // One element per row.
   template <class T>
   Plane<const T> column(const Tensor& t) const {
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == rows() && t.scalar_type() == dtype_,
-                    "gae: next_value does not fit rewards");
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == rows() && t.scalar_type() == dtype_, op_,
+                    ": a tensor of one element per row does not fit");
     return {static_cast<const T*>(t.data_ptr()), t.stride(0)};
   }
 
@@ -50,13 +51,14 @@ class Planes {
     const Shape shape(t);
     STD_TORCH_CHECK(
         shape.dim == 2 && shape.sizes[0] == rows() && shape.sizes[1] == steps() && t.scalar_type() == dtype,
-        "gae: a tensor does not fit rewards");
+        op_, ": a tensor does not fit the others");
     if (steps() <= 1 || shape.strides[1] == 1) return {static_cast<const T*>(t.data_ptr()), shape.strides[0]};
     copies_.push_back(torch::stable::contiguous(t));
     return {static_cast<const T*>(copies_.back().data_ptr()), steps()};
   }
 
   const Tensor& like_;
+  const char* op_;
   const ScalarType dtype_;
   int64_t sizes_[2];
   std::vector<Tensor> copies_;

@@ -70,9 +70,10 @@ Moments normalize_moments(const T* x, const uint8_t* mask, int64_t n) {
   return count == n ? block_moments<T, false>(x, mask, n, count) : block_moments<T, true>(x, mask, n, count);
 }
 
-// `mask` is nullptr unless masked slots become 0.
-template <class T>
-void normalize_block(const T* x, const uint8_t* mask, T* out, int64_t n, const ForwardMap<acc_t<T>>& given) {
+// `mask` is nullptr unless masked slots become 0. x may be kept in more digits than the result, and `out` be
+// x.
+template <class T, class X = T>
+void normalize_block(const X* x, const uint8_t* mask, T* out, int64_t n, const ForwardMap<acc_t<T>>& given) {
   const ForwardMap<acc_t<T>> map = given;
   if (mask) {
 #pragma omp simd
@@ -89,8 +90,8 @@ inline bool depends(uint8_t real, bool kept, A x) {
   return !kMasked | (real != 0) | (kept & (x - x == A(0)));
 }
 
-template <class T, bool kMasked>
-GradientSums gradient_sums(const T* grad, const T* x, const uint8_t* mask, int64_t n, bool kept,
+template <class T, class X, bool kMasked>
+GradientSums gradient_sums(const T* grad, const X* x, const uint8_t* mask, int64_t n, bool kept,
                            const Center<acc_t<T>>& given) {
   using A = acc_t<T>;
   const Center<A> center = given;
@@ -113,11 +114,11 @@ GradientSums gradient_sums(const T* grad, const T* x, const uint8_t* mask, int64
   return {total(sums), total(along)};
 }
 
-template <class T>
-GradientSums normalize_gradient_sums(const T* grad, const T* x, const uint8_t* mask, int64_t n, bool kept,
+template <class T, class X = T>
+GradientSums normalize_gradient_sums(const T* grad, const X* x, const uint8_t* mask, int64_t n, bool kept,
                                      const Center<acc_t<T>>& center) {
-  return mask ? gradient_sums<T, true>(grad, x, mask, n, kept, center)
-              : gradient_sums<T, false>(grad, x, mask, n, kept, center);
+  return mask ? gradient_sums<T, X, true>(grad, x, mask, n, kept, center)
+              : gradient_sums<T, X, false>(grad, x, mask, n, kept, center);
 }
 
 // Masked slots get their own gradient alone, or 0 where they are not kept.

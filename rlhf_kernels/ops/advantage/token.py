@@ -15,8 +15,12 @@ from rlhf_kernels.runtime.library import Operator
 _OP = Op(
     "token_advantages",
     "rlhf_kernels.ops.advantage",
-    {"cpu": ("torch",), "cuda": ("torch",)},
-    modules={"torch": "token_kernel_torch", "reference": "token_reference"},
+    {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    modules={
+        "native": "token_kernel_native",
+        "torch": "token_kernel_torch",
+        "reference": "token_reference",
+    },
 )
 _INPUTS = (
     "Tensor score, Tensor kl, Tensor values, Tensor mask, "

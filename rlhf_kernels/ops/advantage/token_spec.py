@@ -14,7 +14,9 @@ from rlhf_kernels.engine.spec import (
     Case,
     Cost,
     Direction,
+    HostKernel,
     Inputs,
+    Knob,
     OpSpec,
     itemsize,
     randn,
@@ -33,18 +35,30 @@ def _case(
     return Case(f"{name}_{b}x{t}", {"B": b, "T": t}, options, tier, dtypes)
 
 
-# `mask` is the pattern of the real tokens, `masked` what stands in the others; the rest are arguments.
+# `mask` is the pattern of the real tokens, `masked` what stands in the others, `memory` the layout of the
+# three matrices; the rest are arguments. second_block has more elements than moments take at a time.
 CASES = (
     _case("smoke", 16, 128, "smoke", mask="tail"),
     _case("ppo", 512, 1024, "typical", mask="tail"),
-    _case("no_step", 3, 0, mask="tail"),
+    _case("ppo_verl", 256, 1024, "typical", mask="tail", normalize="verl"),
+    _case("ppo_openrlhf", 256, 1024, "typical", mask="tail", mask_mode="zero", normalize="openrlhf"),
+    _case("no_step", 3, 0, dtypes=ALL_DTYPES, mask="tail"),
     _case("no_row", 0, 5, mask="tail"),
+    _case("one_step", 5, 1, dtypes=ALL_DTYPES, mask="random"),
+    _case("two_steps", 5, 2, dtypes=ALL_DTYPES, mask="random"),
+    _case("three_steps", 5, 3, dtypes=ALL_DTYPES, mask="random", mask_mode="zero"),
+    _case("one_real", 3, 300, mask="one", normalize=False),
+    _case("second_block", 40, 131, dtypes=ALL_DTYPES, mask="middle"),
     _case("ragged", 7, 41, dtypes=ALL_DTYPES, mask="middle"),
     _case("none_real", 3, 9, mask="none"),
     _case("nan_masked", 7, 41, dtypes=ALL_DTYPES, mask="middle", masked=math.nan),
     _case("zeroed", 7, 41, mask="head", mask_mode="zero", normalize="openrlhf"),
+    _case("zeroed_nan_masked", 19, 131, mask="middle", masked=math.nan, mask_mode="zero"),
     _case("unbiased", 7, 41, mask="tail", normalize="verl"),
-    _case("not_normalized", 7, 41, mask="middle", normalize=False),
+    _case("not_normalized", 7, 41, dtypes=ALL_DTYPES, mask="middle", normalize=False),
+    _case("strided", 9, 130, dtypes=ALL_DTYPES, mask="middle", memory="strided"),
+    _case("transposed", 9, 130, mask="middle", memory="transposed"),
+    _case("lanes_set_off_apart", 3, 1024, dtypes=(torch.float32, torch.float64), mask="random"),
 )
 
 
@@ -57,9 +71,20 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: tor
     if "masked" in case.options:
         for name in ("kl", "values"):
             args[name].masked_fill_(~args["mask"], case.options["masked"])
+    if memory := case.options.get("memory"):
+        args |= {name: _laid_out(args[name], memory) for name in ("kl", "values", "mask")}
     args |= {"kl_coef": 0.1, "gamma": 0.99}
     args |= {name: case.options[name] for name in ARGUMENTS if name in case.options}
     return Inputs(args, wrt=("score", "kl", "values"))
+
+
+def _laid_out(x: Tensor, memory: str) -> Tensor:
+    """The same numbers within wider rows, or column by column."""
+    if memory == "transposed":
+        return x.t().contiguous().t()
+    wide = x.new_zeros(x.shape[0], x.shape[1] + 3)
+    wide[:, 3:] = x
+    return wide[:, 3:]
 
 
 def cost(case: Case, dtype: torch.dtype, direction: Direction) -> Cost:
@@ -78,6 +103,19 @@ def _on(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return function
 
 
+def _host(carry: bool, backward: bool) -> Callable[[Any], Callable[[], Any]]:
+    def call(host: Any) -> Callable[[], Any]:
+        import numpy
+
+        x = numpy.linspace(-1, 1, 32 * 512, dtype=numpy.float32).reshape(32, 512)
+        mask = (numpy.arange(x.size) % 3 != 0).reshape(x.shape)
+        if backward:
+            return lambda: host.token_advantages_backward(x, x, mask, 0.1, 1.0, 0.95, carry)
+        return lambda: host.token_advantages(x[:, 0], x, x, mask, 0.1, 1.0, 0.95, carry)
+
+    return call
+
+
 SPEC = OpSpec(
     name="token_advantages",
     family="advantage",
@@ -90,4 +128,11 @@ SPEC = OpSpec(
     cases=CASES,
     # In float64 plain PyTorch and the definition differ by the order of the scan alone.
     floor=8.0,
+    host_kernels=(
+        HostKernel("token_advantages", _host(True, False)),
+        HostKernel("token_advantages_zeroed", _host(False, False)),
+        HostKernel("token_advantages_backward", _host(True, True)),
+        HostKernel("token_advantages_zeroed_backward", _host(False, True)),
+    ),
+    knobs=(Knob("grain", "native", (32768, 8192, 131072)),),
 )
