@@ -48,6 +48,12 @@ RK_INLINE void each_vector(int64_t n, const F& f) {
   if (i < n) f(i, 1, n - i);
 }
 
+// Of the next row, while this one is worked on in the cache: else a pass over it would wait for memory.
+template <class T>
+RK_INLINE void expect(const T* from) {
+  __builtin_prefetch(from, 0, 2);
+}
+
 template <class A>
 struct Sums {
   vec_t<A> first = {}, second = {};
@@ -111,7 +117,8 @@ RK_INLINE Standard<A, kCenter> standard_of(const T* x, int64_t n, double sum, do
   });
   const double rest = total<A>(sums.first) / double(n);
   const double variance = total<A>(sums.second) / double(n) - rest * rest;
-  const double scale = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);  // NaN stays NaN
+  // NaN stays NaN. A single element is its own mean, whatever rounding leaves of the difference.
+  const double scale = n == 1 ? 0 : 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
   return {about, A(scale), A(-rest * scale)};
 }
 
@@ -144,11 +151,15 @@ RK_OUTLINE void norm_forward(const NormForward<T>& g, int64_t begin, int64_t end
   const int64_t n = g.cols;
   for (int64_t r = begin; r < end; ++r) {
     const T* x = g.residual ? g.summed.row(r) : g.x.row(r);
+    const T *next = g.x.row(r + 1 < end ? r + 1 : r),
+            *also = g.residual ? g.residual.row(r + 1 < end ? r + 1 : r) : next;
     T* out = g.out.row(r);
     const Standard<A, kCenter> standard =
         g.residual ? standard_of_sum<kCenter>(g.x.row(r), g.residual.row(r), g.summed.row(r), n, g.eps)
                    : standard_of<kCenter>(x, n, g.eps);
     each_vector<A>(n, [&](int64_t i, int, auto part) __attribute__((always_inline)) {
+      expect(next + i);
+      expect(also + i);
       vec_t<A> y = standard(load_part(x + i, part, A(0))) * load_part(weight + i, part, A(0));
       if constexpr (kBias) y += load_part(bias + i, part, A(0));
       store_part<T>(out + i, y, part);
@@ -178,10 +189,13 @@ RK_OUTLINE void norm_backward(const NormBackward<T>& g, int64_t group) {
   if (kBias) __builtin_memset(by_bias, 0, n * sizeof(A));
   for (int64_t r = begin; r < end; ++r) {
     const T *x = g.x.row(r), *grad = g.grad.row(r);
+    const int64_t after = r + 1 < g.rows ? r + 1 : r;
+    const T *next = g.x.row(after), *next_grad = g.grad.row(after);
     const Standard<A, kCenter> standard = standard_of<kCenter>(x, n, g.eps);
     const Sums<A> sums = sums_of<A>(n, [&](int64_t i, auto part, Sums<A>& to) __attribute__((always_inline)) {
       const vec_t<A> y = standard(load_part(x + i, part, standard.mean)),
                      dy = load_part(grad + i, part, A(0));
+      expect(next + i);
       const vec_t<A> s = dy * load_part(weight + i, part, A(0)), along = dy * y;
       if constexpr (kCenter) to.first += s;
       to.second += s * y;
@@ -194,6 +208,7 @@ RK_OUTLINE void norm_backward(const NormBackward<T>& g, int64_t group) {
     T* to = g.grad_x.row(r);
     const auto write = [&](int64_t i, auto part, const vec_t<A>& besides) __attribute__((always_inline)) {
       const vec_t<A> y = standard(load_part(x + i, part, standard.mean));
+      expect(next_grad + i);
       vec_t<A> s = load_part(grad + i, part, A(0)) * load_part(weight + i, part, A(0));
       if constexpr (kCenter) s -= average;
       store_part<T>(to + i, (s - y * slope) * standard.scale + besides, part);
