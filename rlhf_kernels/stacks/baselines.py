@@ -1,4 +1,4 @@
-"""What one would write instead, from benchmarks/baselines of a checkout: loops in Python and C++, formulas."""
+"""What one would write instead, from benchmarks/baselines of a checkout: a formula, loops in Python, C++."""
 
 from __future__ import annotations
 
