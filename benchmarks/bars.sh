@@ -15,6 +15,8 @@ bench gae --case 'large_*' --impl native
 bench masked_normalize --case 'ppo_512x1024,whiten_512x1024,large_4096x4096,large_whiten_4096x4096'
 bench swiglu --case small_64x512,palm_4096x2048,wide_512x8192
 bench rotary --case palm_8x8x512x64
+bench layer_norm --case plain_2048x512,residual_2048x512,wide_2048x4096,residual_2048x4096
+bench rms_norm --case plain_2048x512,residual_2048x512,wide_2048x4096,residual_2048x4096
 bench logprob --case gpt2_1024x50257 --impl native,TRL
 python benchmarks/linear_products.py
 python benchmarks/call_cost.py

@@ -1,4 +1,4 @@
-"""What one would write instead, from benchmarks/baselines of a checkout: loops in Python and C++."""
+"""What one would write instead, from benchmarks/baselines of a checkout: a formula, loops in Python, C++."""
 
 from __future__ import annotations
 
@@ -63,7 +63,26 @@ def _row_loop() -> Callable[..., tuple[Tensor, Tensor]]:
     return gae
 
 
+def _written_out() -> Callable[..., Tensor]:
+    function = _module("written_out").rms_norm
+
+    def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, **_: Any) -> Tensor:
+        return function(x, weight, eps)
+
+    return rms_norm
+
+
 PEERS = [
+    Peer(
+        stack="baselines",
+        op="rms_norm",
+        label="written out",
+        package="",
+        origin="benchmarks/baselines/written_out.py",
+        adapter=_written_out,
+        options=frozenset({"eps"}),
+        note="the formula in elementwise operations and a mean",
+    ),
     Peer(
         stack="baselines",
         op="gae",

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
-from rlhf_kernels.engine.spec import FLOAT_DTYPES, Case, Cost, Direction, Inputs, OpSpec, itemsize, randn
+from rlhf_kernels.engine.spec import (
+    FLOAT_DTYPES,
+    Case,
+    Cost,
+    Direction,
+    HostKernel,
+    Inputs,
+    Knob,
+    OpSpec,
+    itemsize,
+    randn,
+)
 from rlhf_kernels.ops.norm import kernel_torch, layer_norm, reference, rms_norm
 
 ALL_DTYPES = (*FLOAT_DTYPES, torch.float64)
@@ -21,16 +35,25 @@ def _awkward(
 COMMON = (
     Case("small_64x512", {"N": 64, "E": 512}, tier="smoke"),
     Case("palm_2048x512", {"N": 2048, "E": 512}, {"weight_offset": 1.0}),
+    Case("plain_2048x512", {"N": 2048, "E": 512}),
+    Case("residual_2048x512", {"N": 2048, "E": 512}, {"residual": True}),
     Case("wide_512x4096", {"N": 512, "E": 4096}),
     Case("residual_512x4096", {"N": 512, "E": 4096}, {"residual": True}),
+    Case("wide_2048x4096", {"N": 2048, "E": 4096}),
+    Case("residual_2048x4096", {"N": 2048, "E": 4096}, {"residual": True}),
     Case("large_8192x8192", {"N": 8192, "E": 8192}, {"residual": True}, tier="large"),
-    _awkward("one_element", 1, 1, ALL_DTYPES),
+    # In float64 the definition, too, loses the digits of rms_norm's gradient, a small rest at a small eps.
+    _awkward("one_element", 1, 1),
+    _awkward("one_element_eps", 1, 1, (torch.float64,), eps=0.5),
     _awkward("ragged", 3, 1031, ALL_DTYPES),
     _awkward("offset", 5, 77, ALL_DTYPES, weight_offset=1.0),
     _awkward("residual", 5, 77, ALL_DTYPES, residual=True),
     _awkward("float32_weight", 7, 96, weight="float32"),
     _awkward("strided_residual", 7, 130, ALL_DTYPES, memory="strided", residual=True),
     _awkward("transposed", 7, 130, memory="transposed"),
+    _awkward("misaligned", 5, 131, ALL_DTYPES, memory="misaligned", residual=True),
+    _awkward("groups_of_rows", 193, 40, ALL_DTYPES, residual=True),
+    _awkward("blocks", 2, 9001),
     _awkward("three_dimensions", 6, 64, memory="cube"),
     _awkward("large_mean", 4, 513, (torch.float32, torch.float64), shift=1e3),
     _awkward("small", 3, 64, scale=1e-4, eps=1e-6),
@@ -53,6 +76,8 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: tor
     def rows() -> torch.Tensor:
         wide = randn((n, e + 3 * (memory == "strided")), torch.float32, generator, torch.device("cpu"))
         wide = (wide * options.get("scale", 1.0) + options.get("shift", 0.0)).to(device, dtype)
+        if memory == "misaligned":
+            return torch.cat([wide.new_zeros(1), wide.flatten()])[1:].view(n, e)
         if memory == "transposed":
             return wide.t().contiguous().t()
         return wide.view(2, n // 2, e).transpose(0, 1) if memory == "cube" else wide[:, wide.shape[1] - e :]
@@ -76,6 +101,25 @@ def cost(case: Case, dtype: torch.dtype, direction: Direction) -> Cost:
     return Cost(flops=n * (8 if direction == "forward" else 14), bytes=n * itemsize(dtype) * tensors)
 
 
+def _host_norm(host: Any, center: bool, backward: bool) -> Callable[[], Any]:
+    import numpy
+
+    x = (numpy.arange(16 * 1027, dtype=numpy.float32) * 0.37 % 11).reshape(16, 1027)
+    weight, none = x[0], x[:0]
+    if backward:
+        return lambda: host.norm_backward(x, none, x, weight, center=center)
+    return lambda: host.norm(x, weight, none, x, center=center)
+
+
+def _host_kernels(name: str, center: bool) -> tuple[HostKernel, ...]:
+    return (
+        HostKernel(name, lambda host: _host_norm(host, center, False)),
+        HostKernel(f"{name}_backward", lambda host: _host_norm(host, center, True)),
+    )
+
+
+KNOBS = (Knob("grain", "native", (32768, 8192, 131072)),)
+
 SPECS = (
     OpSpec(
         name="layer_norm",
@@ -87,6 +131,9 @@ SPECS = (
         make=make,
         cost=cost,
         cases=(*COMMON, *BIASED),
+        floor=2.0,
+        host_kernels=_host_kernels("layer_norm", True),
+        knobs=KNOBS,
     ),
     OpSpec(
         name="rms_norm",
@@ -98,5 +145,8 @@ SPECS = (
         make=make,
         cost=cost,
         cases=COMMON,
+        floor=2.0,
+        host_kernels=_host_kernels("rms_norm", False),
+        knobs=KNOBS,
     ),
 )
