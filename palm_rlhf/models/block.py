@@ -135,7 +135,7 @@ class Block(nn.Module):
         """A block in evaluation mode with the adapters in its weights; the other weights are shared."""
         twin = copy.copy(self)
         twin.training, twin._modules = False, dict(self._modules)
-        twin.gain = self.gamma.float() + 1
+        twin.gain = self.gamma.to(torch.promote_types(self.gamma.dtype, torch.float32)) + 1
         if lora is not None:
             for name in ("fused", "attn_out"):
                 own = twin._modules[name] = copy.copy(self._modules[name])

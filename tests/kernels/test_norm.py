@@ -271,3 +271,15 @@ def test_bad_bias():
         ValueError, match=r"layer_norm\(\): bias must have the shape of weight, \(4,\), got \(5,\)"
     ):
         layer_norm(torch.ones(2, 4), torch.ones(4), bias=torch.ones(5))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_float64_takes_a_float32_weight(name):
+    function = getattr(rlhf_kernels, name)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, requires_grad=True)
+    out = function(x, weight)
+    torch.testing.assert_close(out, function(x, weight.double()), rtol=0, atol=0)
+    out.sum().backward()
+    assert out.dtype is x.grad.dtype is torch.float64
+    assert weight.grad.dtype is torch.float32

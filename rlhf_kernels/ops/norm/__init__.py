@@ -103,6 +103,8 @@ def layer_norm(
         ValueError: shapes or devices do not fit, eps is not positive.
     """
     _check("layer_norm", x, weight, bias, residual, eps, weight_offset)
+    if x.dtype is torch.float64:
+        weight, bias = weight.double(), None if bias is None else bias.double()
     out, summed = _layer_norm(x, weight, bias, residual, eps, weight_offset, True)
     return out if residual is None else (out, summed)
 
@@ -136,6 +138,8 @@ def rms_norm(
         ValueError: shapes or devices do not fit, eps is not positive.
     """
     _check("rms_norm", x, weight, None, residual, eps, weight_offset)
+    if x.dtype is torch.float64:
+        weight = weight.double()
     out, summed = _rms_norm(x, weight, None, residual, eps, weight_offset, False)
     return out if residual is None else (out, summed)
 
