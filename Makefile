@@ -29,11 +29,11 @@ bench: setup ## the pytest-benchmark suite
 
 .PHONY: lint
 lint: setup ## what pre-commit checks
-	@ruff check . && ruff format --check . && clang-format --dry-run --Werror $$(git ls-files 'csrc/*') && codespell $$(git ls-files)
+	@ruff check . && ruff format --check . && clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh') && codespell $$(git ls-files)
 
 .PHONY: format
 format: setup ## format Python and C++
-	@ruff check --fix --quiet . ; ruff format . && clang-format -i $$(git ls-files 'csrc/*')
+	@ruff check --fix --quiet . ; ruff format . && clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 .PHONY: peers
 peers: setup ## install the libraries that bench compares with, pinned, into .peers

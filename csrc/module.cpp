@@ -9,7 +9,7 @@
 #define RK_STRING(a) RK_STRING_(a)
 
 extern "C" PyMODINIT_FUNC RK_CONCAT(PyInit_, RK_MODULE)(void) {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, RK_STRING(RK_MODULE), nullptr, -1,
-                                      nullptr, nullptr, nullptr, nullptr, nullptr};
+  static struct PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, RK_STRING(RK_MODULE), nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

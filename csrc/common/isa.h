@@ -13,13 +13,13 @@
 #include <type_traits>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RK_MULTI_ISA 1
+  #define RK_MULTI_ISA 1
 #else
-#define RK_MULTI_ISA 0
+  #define RK_MULTI_ISA 0
 #endif
 
-// Inside foreach_isa.h a function that is not inlined loses its registers at every call, and in a file of many
-// instantiations GCC stops inlining by itself.
+// Inside foreach_isa.h a function that is not inlined loses its registers at every call, and in a file of
+// many instantiations GCC stops inlining by itself.
 #define RK_INLINE inline __attribute__((always_inline))
 #define RK_OUTLINE __attribute__((noinline))
 
@@ -48,7 +48,9 @@ inline Isa isa() {
   return level;
 }
 
-inline const char* isa_name() { return isa() == Isa::kV4 ? "v4" : isa() == Isa::kV3 ? "v3" : "base"; }
+inline const char* isa_name() {
+  return isa() == Isa::kV4 ? "v4" : isa() == Isa::kV3 ? "v3" : "base";
+}
 
 // 16-bit storage types; arithmetic is in float.
 struct bf16 {
@@ -72,10 +74,10 @@ using acc_t = typename Accumulator<T>::type;
 }  // namespace rk
 
 #if RK_MULTI_ISA
-#define RK_PICK(...)                                          \
-  (::rk::isa() == ::rk::Isa::kV4   ? &::rk::v4::__VA_ARGS__ \
-   : ::rk::isa() == ::rk::Isa::kV3 ? &::rk::v3::__VA_ARGS__ \
-                                   : &::rk::base::__VA_ARGS__)
+  #define RK_PICK(...)                                        \
+    (::rk::isa() == ::rk::Isa::kV4   ? &::rk::v4::__VA_ARGS__ \
+     : ::rk::isa() == ::rk::Isa::kV3 ? &::rk::v3::__VA_ARGS__ \
+                                     : &::rk::base::__VA_ARGS__)
 #else
-#define RK_PICK(...) (&::rk::base::__VA_ARGS__)
+  #define RK_PICK(...) (&::rk::base::__VA_ARGS__)
 #endif
