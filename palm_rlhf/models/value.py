@@ -54,9 +54,8 @@ class Policy(nn.Module):
             read = None if bool(mask.all()) else mask[:, :-1]
         hidden = self.model.hidden_states(tokens[:, :-1], mask=read, scope=self.scope)[:, prompt_width - 1 :]
         head = self.model.head
-        weight, bias = (
-            None if x is None else x.to(hidden.dtype) for x in head[:2]
-        )  # another one under autocast
+        # Under autocast the hidden states have another dtype.
+        weight, bias = (None if x is None else x.to(hidden.dtype) for x in head[:2])
         found = linear_logprob(
             hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1),
             bias=bias, temperature=temperature, softcap=head.softcap, ignore_index=IGNORED,

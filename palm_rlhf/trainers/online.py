@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf.algorithms.objectives import masked_mean
@@ -190,11 +191,11 @@ class OnlineTrainer:
         """The rollout with reference log-probabilities, values, advantages and returns."""
         found: dict[str, list[Tensor]] = {"reference_logprob": [], "values": []}
         for part in rollout.micro_batches(self.config.micro_batch or self.config.minibatch):
-            widen = lambda x, part=part: torch.nn.functional.pad(x, (0, rollout.mask.shape[1] - x.shape[1]))  # noqa: E731
+            missing = (0, rollout.mask.shape[1] - part.mask.shape[1])
             if self.algorithm.reference:
-                found["reference_logprob"].append(widen(self._scored(self.reference, part)[0]))
+                found["reference_logprob"].append(F.pad(self._scored(self.reference, part)[0], missing))
             if self.algorithm.critic:
-                found["values"].append(widen(self._values(part)))
+                found["values"].append(F.pad(self._values(part), missing))
         rollout = replace(rollout, **{name: torch.cat(parts) for name, parts in found.items() if parts})
         advantages, returns = self.algorithm.estimator(rollout, self.options)
         return replace(rollout, advantages=advantages, returns=returns)
@@ -206,7 +207,7 @@ class OnlineTrainer:
     def _values(self, rollout: Rollout) -> Tensor:
         """[B, R]: the value of the state before each token of the response."""
         g = rollout.generation
-        return self.critic(g.tokens, g.mask)[:, g.prompt_width - 1 : -1]
+        return self.critic(g.tokens[:, :-1], g.mask[:, :-1])[:, g.prompt_width - 1 :]
 
     def outputs(self, rollout: Rollout) -> Outputs:
         """What the learner finds for these responses now."""
