@@ -365,3 +365,15 @@ def test_many_steps_at_once_follow_what_is_cached(palm, tokens):
     for start, end in ((0, 3), (3, 4), (4, 9)):
         parts.append(palm.hidden_states(tokens[:, start:end], mask=mask[:, start:end], cache=cache))
     torch.testing.assert_close(torch.cat(parts, 1)[mask], expected[mask], atol=1e-5, rtol=1e-5)
+
+
+def test_one_step_sees_no_hole_in_the_cache(palm, tokens):
+    """Padding between tokens, not on the left alone: a start for each row does not say it."""
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, 2] = mask[1, 4:6] = False
+    with torch.no_grad():
+        expected = palm.hidden_states(tokens, mask=mask)[:, -1]
+        cache = palm.new_cache(3, 9)
+        palm.hidden_states(tokens[:, :-1], mask=mask[:, :-1], cache=cache)
+        found = palm.hidden_states(tokens[:, -1:], cache=cache)[:, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

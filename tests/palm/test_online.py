@@ -145,3 +145,18 @@ def test_a_reward_that_is_no_number_stops_the_run(make_palm, odd):
 def test_a_configuration_without_sense_is_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
         OnlineConfig(**{name: value})
+
+
+def test_the_trainers_values_are_those_before_each_token(make_palm):
+    """Item 4, in the trainer itself: the value of a token has not seen it."""
+    one = trainer(make_palm)
+    torch.nn.init.normal_(one.critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+    rollout = one.rollout()
+    with torch.no_grad():
+        found = one._values(rollout)
+        for row in range(len(rollout)):
+            text = rollout.generation.prompt(row) + rollout.generation.response(row)
+            start = len(rollout.generation.prompt(row))
+            for step in range(int(rollout.mask[row].sum())):
+                direct = one.critic(torch.tensor([text[: start + step]]))[0, -1]
+                torch.testing.assert_close(found[row, step], direct, rtol=1e-5, atol=1e-5)
