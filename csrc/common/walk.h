@@ -12,7 +12,10 @@ template <class A, Order order>
 struct Walk {
   static constexpr int n = Lanes<A>::n;
   static constexpr int kSpread = n < 8 ? n : 8;
-  static constexpr int kDirection = order == Order::kFromEnd ? -1 : 1;
+  static constexpr int kStep = order == Order::kFromEnd ? -n : n;  // to a row's next block
+  // How many blocks ahead inputs and outputs are fetched, on into the next row: where they are in no cache,
+  // a masked [512, 1024] takes two thirds of the time; where they are, 1 % more.
+  static constexpr int kAhead = 8;
 
   int64_t row[n];    // the row of each lane; `end` and beyond: no more work
   int64_t since[n];  // the round in which the lane began it, or will
@@ -66,7 +69,7 @@ struct Walk {
   int64_t start(int i) const {
     return steps - n * (order == Order::kFromEnd ? 1 - since[i] : blocks + since[i]);
   }
-  int64_t moved() const { return n * (order == Order::kFromEnd ? -round : round); }
+  int64_t moved() const { return kStep * round; }
   int first(int i) const {
     const int64_t t = start(i) + moved();
     return t < 0 ? int(-t) : 0;
@@ -95,7 +98,27 @@ struct Cursor {
     for (int i = 0; i < n; ++i) offset[i] = walk.row[i] * plane.stride + walk.start(i);
     // Else GCC keeps the offsets in vectors and takes them apart again lane by lane.
     asm volatile("" : "+m"(offset));
+    fetch_rows(walk);
   }
+
+  // The first blocks of the row that comes after the one which a lane begins.
+  template <Order order>
+  RK_INLINE void fetch_rows(const Walk<A, order>& walk) const {
+    const int64_t blocks = walk.blocks < walk.kAhead ? walk.blocks : walk.kAhead;
+    for (int i = 0; i < n; ++i) {
+      if (walk.round != walk.since[i] || walk.row[i] + n >= walk.end) continue;
+      const T* at = plane.row(walk.row[i] + n) + (order == Order::kFromEnd ? walk.steps - n : 0);
+      for (int64_t k = 0; k < blocks; ++k)
+        __builtin_prefetch(at + k * walk.kStep, !std::is_const<T>::value, 2);
+    }
+  }
+
+  // The line of lane i that is due in a while.
+  template <Order order>
+  RK_INLINE void fetch(const T* base, int i, const Walk<A, order>& walk) const {
+    __builtin_prefetch(base + offset[i] + walk.kAhead * walk.kStep, !std::is_const<T>::value, 2);
+  }
+
   template <Order order>
   RK_INLINE T* base(const Walk<A, order>& walk) const {
     T* base = plane.data + walk.moved();
@@ -130,13 +153,12 @@ template <class T, class A, Order order>
 RK_INLINE void load_rows(vec_t<A> (&rows)[Lanes<A>::n], Cursor<const T, A>& from,
                          const Walk<A, order>& walk) {
   constexpr int n = Lanes<A>::n;
-  constexpr int ahead = 4 * n * Walk<A, order>::kDirection;  // [4096, 2048] takes half the time
   from.follow(walk);
   if (walk.whole) {
     const T* base = from.base(walk);
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) {
-      __builtin_prefetch(base + from.offset[i] + ahead, 0, 2);
+      from.fetch(base, i, walk);
       rows[i] = load_lanes(base + from.offset[i]);
     }
   } else {
@@ -179,7 +201,10 @@ RK_INLINE void store_rows(const vec_t<A> (&rows)[Lanes<A>::n], Cursor<T, A>& to,
   if (walk.whole) {
     T* base = to.base(walk);
 #pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) store_lanes<T>(base + to.offset[i], rows[i]);
+    for (int i = 0; i < n; ++i) {
+      to.fetch(base, i, walk);
+      store_lanes<T>(base + to.offset[i], rows[i]);
+    }
   } else {
     vec_t<A> edges[n];
 #pragma GCC unroll 16
@@ -238,6 +263,8 @@ RK_INLINE mask_t<A> load_bits(Cursor<const uint8_t, A>& from, const Walk<A, orde
   from.follow(walk);
   if (walk.whole) {
     const uint8_t* base = from.base(walk);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) from.fetch(base, i, walk);
     return ~zero_bytes<A>([&](int i) __attribute__((always_inline)) { return base + from.offset[i]; }, lanes);
   }
   uint8_t padded[n][n] = {};
