@@ -14,6 +14,6 @@ heading "3/4  Against plain PyTorch and torch.compile: rlhf-kernels bench --tier
 rlhf-kernels bench --tier smoke --seconds 0.3
 heading "4/4  A model learns to multiply: palm-rlhf sft, palm-rlhf train ppo (benchmarks/learning/calculator.sh)"
 rm -rf runs/demo
-bash benchmarks/learning/calculator.sh runs/demo 1
+bash benchmarks/learning/calculator.sh auto runs/demo 1
 palm-rlhf generate --model runs/demo/ppo-1 --prompt "12*4=" --samples 3
 heading "Next: 'rlhf-kernels bench attention', 'make peers' to compare with TRL, verl and others, 'palm-rlhf --help'"

@@ -35,7 +35,7 @@ class Calculator:
     name: str = "calculator"
     # What ends an answer.
     stop: str = "\n"
-    # Tokens of the longest answer, and the stop.
+    # Bytes of the longest answer and the stop, or more.
     max_new_tokens: int = 8
 
     @property
@@ -114,4 +114,5 @@ def divided(prompts: Iterable[str], *, held_out: float, seed: int, name: str = "
         )
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [unique[i] for i in order]
-    return Calculator(tuple(shuffled[count:]), tuple(shuffled[:count]), name)
+    longest = max(len(answer(prompt)) for prompt in unique)
+    return Calculator(tuple(shuffled[count:]), tuple(shuffled[:count]), name, max_new_tokens=max(8, longest + 1))

@@ -58,6 +58,7 @@ def test_gsm8k_as_it_is():
     task = gsm8k(path)
     assert len(task.train) > 1000
     assert all(task.reward(*pair) for pair in task.solved)
+    assert task.max_new_tokens > max(len(right) for _, right in task.solved)
 
 
 def test_a_side_without_problems_is_refused():
