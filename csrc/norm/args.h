@@ -10,13 +10,19 @@ namespace rk {
 // their order: neither depends on the number of threads.
 constexpr int64_t kNormGroup = 64;
 
+// What is kept of a row: its mean, 1 / std, and what the rounded mean left over, times that. Where 1 / std is
+// 0, nothing was kept (the forward was another backend's).
+constexpr int64_t kNormStatistics = 3;
+
 // The parameters are of the type that the arithmetic is in, weight_offset added; `bias` may be null. The rows
-// are x, or x + residual as T holds it: that goes to `summed`.
+// are x, or x + residual as T holds it: that goes to `summed`. `statistics` is [rows, kNormStatistics], for
+// the backward.
 template <class T, class A = acc_t<T>>
 struct NormForward {
   Plane<const T> x, residual;
   const A *weight, *bias;
   Plane<T> summed, out;
+  A* statistics;
   int64_t cols;
   double eps;
   bool center;
@@ -27,7 +33,7 @@ struct NormForward {
 template <class T, class A = acc_t<T>>
 struct NormBackward {
   Plane<const T> grad, grad_summed, x;
-  const A* weight;
+  const A *weight, *statistics;
   Plane<T> grad_x;
   A *weight_sums, *bias_sums;
   int64_t rows, cols;

@@ -24,6 +24,13 @@ def standard(x: np.ndarray, eps: float, center: bool) -> tuple[np.ndarray, np.nd
     return away * scale, scale, largest
 
 
+def statistics(x: np.ndarray, scale: np.ndarray, center: bool) -> np.ndarray:
+    """[rows, 3]: the mean in float32, 1 / std, and what is left of the mean over std; 0 for one element."""
+    mean = x.mean(-1, dtype=np.float64, keepdims=True) * center if x.size else 0 * scale
+    rest = (mean.astype(np.float32) - mean) * scale
+    return np.concatenate((mean, scale * (x.shape[-1] != 1 or not center), rest), -1).astype(np.float32)
+
+
 def norm(draw: Draw) -> Trial:
     """Normalised rows times weight plus bias, and the sum that was normalised."""
     x, weight, eps, center = problem(draw)
@@ -54,7 +61,8 @@ def norm_backward(draw: Draw) -> Trial:
     # Of the largest values, since each is the rest of a subtraction.
     digits = 1e-6 * (1 + largest.max(initial=0.0)) * max(1.0, np.abs(y).max(initial=0.0))
     rows = 4.0 * max(1.0, np.abs(weight).max(initial=0.0)) * max(scale.max(initial=0.0), len(x) ** 0.5, 1.0)
-    return Trial((grad, also, x, weight, eps, center), expected, slack=4 * digits * rows)
+    kept = draw.choice(statistics(x, scale, center), np.zeros((len(x), 3), np.float32))
+    return Trial((grad, also, x, weight, kept, eps, center), expected, slack=4 * digits * rows)
 
 
 TRIALS = {"norm": norm, "norm_backward": norm_backward}

@@ -19,7 +19,7 @@ py::tuple norm(const FloatArray& x, const FloatArray& weight, const FloatArray& 
   require(x.ndim() == 2 && weight.size() == x.shape(1), "norm: x must be [rows, n] and weight [n]");
   require(bias.size() == 0 || bias.size() == x.shape(1), "norm: bias must be [n] or empty");
   require(residual.size() == 0 || residual.size() == x.size(), "norm: residual must be as x or empty");
-  FloatArray out(shape(x)), summed(shape(residual));
+  FloatArray out(shape(x)), summed(shape(residual)), statistics(x.shape(0) * kNormStatistics);
   const int64_t n = x.shape(1);
   NormForward<float> g{};
   g.x = {x.data(), n};
@@ -28,6 +28,7 @@ py::tuple norm(const FloatArray& x, const FloatArray& weight, const FloatArray& 
   g.bias = bias.size() ? bias.data() : nullptr;
   g.summed = {summed.mutable_data(), n};
   g.out = {out.mutable_data(), n};
+  g.statistics = statistics.mutable_data();
   g.cols = n;
   g.eps = eps;
   g.center = center;
@@ -36,13 +37,15 @@ py::tuple norm(const FloatArray& x, const FloatArray& weight, const FloatArray& 
 }
 
 py::tuple norm_backward(const FloatArray& grad, const FloatArray& grad_summed, const FloatArray& x,
-                        const FloatArray& weight, double eps, bool center) {
+                        const FloatArray& weight, const FloatArray& statistics, double eps, bool center) {
   require(x.ndim() == 2 && weight.size() == x.shape(1), "norm_backward: x must be [rows, n] and weight [n]");
   require(grad.size() == x.size(), "norm_backward: grad must be as x");
   require(grad_summed.size() == 0 || grad_summed.size() == x.size(),
           "norm_backward: grad_summed must be as x or empty");
+  require(statistics.size() == x.shape(0) * kNormStatistics, "norm_backward: statistics must be [rows, 3]");
   const int64_t n = x.shape(1);
   NormBackward<float> g{};
+  g.statistics = statistics.data();
   g.x = {x.data(), n};
   g.grad = {grad.data(), n};
   if (grad_summed.size()) g.grad_summed = {grad_summed.data(), n};
@@ -68,8 +71,10 @@ const Binding binding([](py::module_& m) {
         "Rows of x + residual [rows, n] at mean 0 (or, not centred, as they are) and mean square 1, times"
         " weight, plus bias; and the sums. Float32; an empty bias or residual is none.");
   m.def("norm_backward", &norm_backward, py::arg("grad"), py::arg("grad_summed"), py::arg("x"),
-        py::arg("weight"), py::arg("eps") = 1e-5, py::arg("center") = true,
-        "Gradients of x, weight and bias, float32; an empty grad_summed is none.");
+        py::arg("weight"), py::arg("statistics"), py::arg("eps") = 1e-5, py::arg("center") = true,
+        "Gradients of x, weight and bias, float32; an empty grad_summed is none. `statistics` [rows, 3] are "
+        "each"
+        " row's mean, 1 / std and (mean as rounded - mean) / std; zeros are computed.");
 });
 
 }  // namespace

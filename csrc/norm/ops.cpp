@@ -1,4 +1,5 @@
 // layer_norm and rms_norm on the CPU: schema, memory-safety checks, rows in parallel.
+#include <algorithm>
 #include <memory>
 
 #include "common/tensor.h"
@@ -44,6 +45,18 @@ class Parameter {
   const A* at_;
 };
 
+// [..., kNormStatistics], in the type of the arithmetic.
+ScalarType statistics_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+Tensor new_statistics(const Tensor& x) {
+  const Shape shape(x);
+  int64_t sizes[Shape::kMostDims];
+  std::copy(shape.sizes, shape.sizes + shape.dim, sizes);
+  sizes[shape.dim - 1] = kNormStatistics;
+  return empty_as(x, sizes, shape.dim, statistics_dtype(x));
+}
+
 Rows rows_like(const char* op, const Tensor& t, const Rows& x) {
   const Rows rows = as_rows(t);
   STD_TORCH_CHECK(rows.rows == x.rows && rows.cols == x.cols && t.scalar_type() == x.tensor.scalar_type(), op,
@@ -56,16 +69,18 @@ Plane<const T> plane_of(const std::optional<Rows>& rows) {
   return rows ? Plane<const T>{rows->data<T>(), rows->stride} : Plane<const T>{};
 }
 
-// The second result is the sum of x and the residual, or empty.
-std::tuple<Tensor, Tensor> norm(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                const std::optional<Tensor>& residual, double eps, double weight_offset,
-                                bool center, int64_t grain) {
+// Also the sum of x and the residual, or empty, and what the backward needs to know of each row.
+std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x, const Tensor& weight,
+                                        const std::optional<Tensor>& bias,
+                                        const std::optional<Tensor>& residual, double eps,
+                                        double weight_offset, bool center, int64_t grain) {
   STD_TORCH_CHECK(x.dim() >= 1, "norm: expected at least one dimension");
   const Rows rows = as_rows(x);
   std::optional<Rows> added;
   if (residual) added = rows_like("norm", *residual, rows);
   const int64_t none = 0;
   Tensor out = new_like(x), summed = residual ? new_like(x) : new_like(x, &none, 1);
+  Tensor statistics = new_statistics(x);
   dispatch_float(x.scalar_type(), "norm", [&](auto zero) {
     using T = decltype(zero);
     dispatch_parameter<T>("norm", weight, x, [&](auto like) {
@@ -79,6 +94,7 @@ std::tuple<Tensor, Tensor> norm(const Tensor& x, const Tensor& weight, const std
                              shift ? shift->data() : nullptr,
                              {static_cast<T*>(summed.data_ptr()), rows.cols},
                              {static_cast<T*>(out.data_ptr()), rows.cols},
+                             static_cast<acc_t<T>*>(statistics.data_ptr()),
                              rows.cols,
                              eps,
                              center};
@@ -86,19 +102,23 @@ std::tuple<Tensor, Tensor> norm(const Tensor& x, const Tensor& weight, const std
       parallel_rows(rows.rows, g.cols, grain, [&](int64_t begin, int64_t end) { kernel(g, begin, end); });
     });
   });
-  return {out, summed};
+  return {out, summed, statistics};
 }
 
 // Gradients of the rows that were normalised, of the weight, and of the bias (empty where there is none).
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const std::optional<Tensor>& grad_summed,
                                                  const Tensor& x, const Tensor& weight,
-                                                 const std::optional<Tensor>& bias, double eps,
-                                                 double weight_offset, bool center, int64_t grain) {
+                                                 const std::optional<Tensor>& bias, const Tensor& statistics,
+                                                 double eps, double weight_offset, bool center,
+                                                 int64_t grain) {
   STD_TORCH_CHECK(x.dim() >= 1, "norm_backward: expected at least one dimension");
   const Rows rows = as_rows(x), dy = rows_like("norm_backward", grad, rows);
   std::optional<Rows> besides;
   if (grad_summed) besides = rows_like("norm_backward", *grad_summed, rows);
   const int64_t none = 0;
+  STD_TORCH_CHECK(statistics.is_contiguous() && statistics.scalar_type() == statistics_dtype(x) &&
+                      statistics.numel() >= rows.rows * kNormStatistics,
+                  "norm_backward: statistics must be those that norm returned");
   Tensor grad_x = new_like(x), grad_weight = new_like(weight);
   Tensor grad_bias = bias ? new_like(weight) : new_like(weight, &none, 1);
   dispatch_float(x.scalar_type(), "norm_backward", [&](auto zero) {
@@ -111,6 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const std::
                         plane_of<T>(besides),
                         {rows.data<T>(), rows.stride},
                         scale.data(),
+                        static_cast<const A*>(statistics.data_ptr()),
                         {static_cast<T*>(grad_x.data_ptr()), rows.cols},
                         nullptr,
                         nullptr,
@@ -141,10 +162,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const std::
 STABLE_TORCH_LIBRARY_FRAGMENT(rlhf_kernels_native, m) {
   m.def(
       "norm(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, float weight_offset=0.,"
-      " bool center=True, int grain=32768) -> (Tensor, Tensor)");
+      " bool center=True, int grain=32768) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "norm_backward(Tensor grad, Tensor? grad_summed, Tensor x, Tensor weight, Tensor? bias, float eps,"
-      " float weight_offset=0., bool center=True, int grain=32768) -> (Tensor, Tensor, Tensor)");
+      "norm_backward(Tensor grad, Tensor? grad_summed, Tensor x, Tensor weight, Tensor? bias,"
+      " Tensor statistics, float eps, float weight_offset=0., bool center=True, int grain=32768)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels_native, CPU, m) {

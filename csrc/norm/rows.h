@@ -93,6 +93,12 @@ template <class A, bool kCenter>
 struct Standard {
   A mean = 0, scale, shift = 0;
 
+  RK_INLINE void keep(A* to) const {
+    to[0] = mean;
+    to[1] = scale;
+    to[2] = shift;
+  }
+
   RK_INLINE vec_t<A> operator()(const vec_t<A>& x) const {
     return kCenter ? (x - mean) * scale + shift : x * scale;
   }
@@ -157,6 +163,7 @@ RK_OUTLINE void norm_forward(const NormForward<T>& g, int64_t begin, int64_t end
     const Standard<A, kCenter> standard =
         g.residual ? standard_of_sum<kCenter>(g.x.row(r), g.residual.row(r), g.summed.row(r), n, g.eps)
                    : standard_of<kCenter>(x, n, g.eps);
+    standard.keep(g.statistics + r * kNormStatistics);
     each_vector<A>(n, [&](int64_t i, int, auto part) __attribute__((always_inline)) {
       expect(next + i);
       expect(also + i);
@@ -191,7 +198,9 @@ RK_OUTLINE void norm_backward(const NormBackward<T>& g, int64_t group) {
     const T *x = g.x.row(r), *grad = g.grad.row(r);
     const int64_t after = r + 1 < g.rows ? r + 1 : r;
     const T *next = g.x.row(after), *next_grad = g.grad.row(after);
-    const Standard<A, kCenter> standard = standard_of<kCenter>(x, n, g.eps);
+    const A* kept = g.statistics + r * kNormStatistics;
+    const Standard<A, kCenter> standard =
+        kept[1] != 0 ? Standard<A, kCenter>{kept[0], kept[1], kept[2]} : standard_of<kCenter>(x, n, g.eps);
     const Sums<A> sums = sums_of<A>(n, [&](int64_t i, auto part, Sums<A>& to) __attribute__((always_inline)) {
       const vec_t<A> y = standard(load_part(x + i, part, standard.mean)),
                      dy = load_part(grad + i, part, A(0));

@@ -17,11 +17,18 @@ _OPTIONS = "float eps, float weight_offset, bool center"
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Any, residual: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
+    statistics = x.new_empty((*x.shape[:-1], 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape), statistics
 
 
 def _backward_fake(
-    grad: Tensor, grad_summed: Tensor | None, rows: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+    grad: Tensor,
+    grad_summed: Tensor | None,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    statistics: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     return (
         rows.new_empty(rows.shape),
@@ -30,35 +37,45 @@ def _backward_fake(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, *ctx.options = inputs
     ctx.adds = residual is not None
-    ctx.save_for_backward(output[1] if ctx.adds else x, weight, bias)
+    ctx.save_for_backward(output[1] if ctx.adds else x, weight, bias, output[2])
+    ctx.mark_non_differentiable(output[2])
 
 
-def _gradients(ctx: Any, backward: Any, grad: Tensor, grad_summed: Tensor) -> tuple[Tensor | None, ...]:
-    rows, weight, bias = ctx.saved_tensors
-    found = backward(grad, grad_summed if ctx.adds else None, rows, weight, bias, *ctx.options)
+def _gradients(
+    ctx: Any, backward: Any, grad: Tensor, grad_summed: Tensor, _: Any
+) -> tuple[Tensor | None, ...]:
+    rows, weight, bias, statistics = ctx.saved_tensors
+    found = backward(grad, grad_summed if ctx.adds else None, rows, weight, bias, statistics, *ctx.options)
     grad_x, grad_weight, grad_bias = found
     grad_residual = grad_x if ctx.adds else None
     return grad_x, grad_weight, None if bias is None else grad_bias, grad_residual, None, None, None
 
 
 def _replay(
-    grad: Tensor, grad_summed: Tensor | None, rows: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+    grad: Tensor,
+    grad_summed: Tensor | None,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    statistics: Tensor,
+    *options: Any,
 ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
     # The sum is what was kept: it plus nothing is itself, and takes the gradient of the second output.
     nothing = None if grad_summed is None else rows.new_zeros(()).expand_as(rows)
-    return (rows, weight, bias, nothing, *options), (grad, grad_summed)
+    return (rows, weight, bias, nothing, *options), (grad, grad_summed, None)
 
 
 def _operator(name: str) -> Callable[..., Any]:
     """Both functions are one kernel; `center` tells them apart."""
     return Operator(
         Op(name, __name__, {"cpu": ("native", "torch"), "cuda": ("torch",)}),
-        f"(Tensor x, {_PARAMETERS}, Tensor? residual, {_OPTIONS}) -> (Tensor, Tensor)",
+        f"(Tensor x, {_PARAMETERS}, Tensor? residual, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
         _fake,
-        backward_schema=f"(Tensor grad, Tensor? grad_summed, Tensor rows, {_PARAMETERS}, {_OPTIONS})"
+        backward_schema=f"(Tensor grad, Tensor? grad_summed, Tensor rows, {_PARAMETERS}, Tensor statistics,"
+        f" {_OPTIONS})"
         " -> (Tensor, Tensor, Tensor)",
         backward_fake=_backward_fake,
         setup_context=_setup,
@@ -105,7 +122,7 @@ def layer_norm(
     _check("layer_norm", x, weight, bias, residual, eps, weight_offset)
     if x.dtype is torch.float64:
         weight, bias = weight.double(), None if bias is None else bias.double()
-    out, summed = _layer_norm(x, weight, bias, residual, eps, weight_offset, True)
+    out, summed, _ = _layer_norm(x, weight, bias, residual, eps, weight_offset, True)
     return out if residual is None else (out, summed)
 
 
@@ -140,7 +157,7 @@ def rms_norm(
     _check("rms_norm", x, weight, None, residual, eps, weight_offset)
     if x.dtype is torch.float64:
         weight = weight.double()
-    out, summed = _rms_norm(x, weight, None, residual, eps, weight_offset, False)
+    out, summed, _ = _rms_norm(x, weight, None, residual, eps, weight_offset, False)
     return out if residual is None else (out, summed)
 
 

@@ -17,7 +17,7 @@ def forward(
     eps: float,
     weight_offset: float,
     center: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's own normalisation; in float32 as a whole where the weight does not have x's dtype."""
     rows = (x if residual is None else x + residual).contiguous()
     summed = x.new_empty(0) if residual is None else rows
@@ -30,7 +30,9 @@ def forward(
         out = F.layer_norm(rows, weight.shape, weight, bias, eps)
     else:
         out = F.rms_norm(rows, weight.shape, weight, eps)
-    return out.to(x.dtype), summed
+    # No statistics: autograd keeps PyTorch's own.
+    nothing = x.new_zeros((*x.shape[:-1], 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    return out.to(x.dtype), summed, nothing
 
 
 def layer_norm(
@@ -44,7 +46,7 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The plain form with the public function's signature."""
     result = forward(x, weight, bias, residual, eps, weight_offset, True)
-    return result[0] if residual is None else result
+    return result[0] if residual is None else result[:2]
 
 
 def rms_norm(
@@ -57,4 +59,4 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The plain form with the public function's signature."""
     result = forward(x, weight, None, residual, eps, weight_offset, False)
-    return result[0] if residual is None else result
+    return result[0] if residual is None else result[:2]

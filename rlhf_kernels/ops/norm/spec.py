@@ -107,7 +107,10 @@ def _host_norm(host: Any, center: bool, backward: bool) -> Callable[[], Any]:
     x = (numpy.arange(16 * 1027, dtype=numpy.float32) * 0.37 % 11).reshape(16, 1027)
     weight, none = x[0], x[:0]
     if backward:
-        return lambda: host.norm_backward(x, none, x, weight, center=center)
+        mean = x.mean(-1) * center
+        scale = 1 / numpy.sqrt((numpy.square(x).mean(-1) - mean**2) + 1e-5)
+        statistics = numpy.stack((mean, scale, 0 * mean), -1)
+        return lambda: host.norm_backward(x, none, x, weight, statistics, center=center)
     return lambda: host.norm(x, weight, none, x, center=center)
 
 
