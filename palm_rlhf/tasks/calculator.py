@@ -115,4 +115,6 @@ def divided(prompts: Iterable[str], *, held_out: float, seed: int, name: str = "
     order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [unique[i] for i in order]
     longest = max(len(answer(prompt)) for prompt in unique)
-    return Calculator(tuple(shuffled[count:]), tuple(shuffled[:count]), name, max_new_tokens=max(8, longest + 1))
+    return Calculator(
+        tuple(shuffled[count:]), tuple(shuffled[:count]), name, max_new_tokens=max(8, longest + 1)
+    )

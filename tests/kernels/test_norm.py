@@ -1,5 +1,7 @@
 """layer_norm and rms_norm: what the specs' loops do not ask."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -283,3 +285,17 @@ def test_float64_takes_a_float32_weight(name):
     out.sum().backward()
     assert out.dtype is x.grad.dtype is torch.float64
     assert weight.grad.dtype is torch.float32
+
+
+@BOTH
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_statistics_that_the_forward_did_not_keep_are_computed(norm, backend):
+    """As when the forward of another backend ran; zeros stand for them."""
+    kernel = importlib.import_module(f"rlhf_kernels.ops.norm.kernel_{backend}")
+    x, grad, weight = torch.randn(5, 300) * 3 + 2, torch.randn(5, 300), torch.randn(300)
+    center = norm is layer_norm
+    statistics = kernel.forward(x, weight, None, None, 1e-5, 0.0, center)[2]
+    kept = kernel.backward(grad, None, x, weight, None, statistics, 1e-5, 0.0, center)
+    assert statistics.ne(0).any(-1).all()
+    again = kernel.backward(grad, None, x, weight, None, torch.zeros_like(statistics), 1e-5, 0.0, center)
+    torch.testing.assert_close(again, kept)

@@ -71,7 +71,7 @@ def _replay(
 def _operator(name: str) -> Callable[..., Any]:
     """Both functions are one kernel; `center` tells them apart."""
     return Operator(
-        Op(name, __name__, {"cpu": ("native", "torch"), "cuda": ("torch",)}),
+        Op(name, __name__, {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}),
         f"(Tensor x, {_PARAMETERS}, Tensor? residual, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
         _fake,
         backward_schema=f"(Tensor grad, Tensor? grad_summed, Tensor rows, {_PARAMETERS}, Tensor statistics,"

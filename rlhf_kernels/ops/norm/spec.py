@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from rlhf_kernels.engine.spec import (
     FLOAT_DTYPES,
+    TARGETS,
     Case,
     Cost,
     Direction,
     HostKernel,
     Inputs,
+    KernelBuild,
     Knob,
     OpSpec,
     itemsize,
@@ -121,6 +123,38 @@ def _host_kernels(name: str, center: bool) -> tuple[HostKernel, ...]:
     )
 
 
+def _kernels(center: bool) -> Iterator[KernelBuild]:
+    """Both directions with all that can be added, for every target: rows in registers and in blocks."""
+    from rlhf_kernels.ops.norm import kernel_triton as k
+
+    strides = dict.fromkeys(("x_stride", "residual_stride"), "i32")
+    options = {"size": "i32", "eps": "fp32", "weight_offset": "fp32"}
+    for name, size, dtype in (("4096", 4096, "bf16"), ("4096", 4096, "fp32"), ("long", 3 * k.LONG, "bf16")):
+        forward = {
+            f"{name}_ptr": f"*{dtype}" for name in ("x", "residual", "weight", "bias", "out", "summed")
+        }
+        forward |= {"statistics_ptr": "*fp32", **strides, **options}
+        backward = {f"{name}_ptr": f"*{dtype}" for name in ("grad", "also", "x", "weight")}
+        backward |= {f"{name}_ptr": "*fp32" for name in ("statistics",)} | {"grad_x_ptr": f"*{dtype}"}
+        backward |= {"by_weight_ptr": "*fp32", "by_bias_ptr": "*fp32"}
+        backward |= (
+            dict.fromkeys(("grad_stride", "also_stride", "x_stride", "rows", "share"), "i32") | options
+        )
+        block = k.block_of(size)
+        shape = {"CENTER": center, "BIAS": center, "WHOLE": size <= block, "BLOCK": block}
+        builds = (
+            ("forward", k.forward_kernel, forward, {"ADDS": True}),
+            ("backward", k.backward_kernel, backward, {"ALSO": True}),
+        )
+        for direction, kernel, signature, constants in builds:
+            aligned = tuple(a for a in signature if a.endswith(("_ptr", "_stride")) or a == "size")
+            for target in TARGETS:
+                yield KernelBuild(
+                    f"{direction}_{name}/{dtype}", kernel, signature, shape | constants, target,
+                    num_warps=k.warps_of(block), aligned=aligned,
+                )  # fmt: skip
+
+
 KNOBS = (Knob("grain", "native", (32768, 8192, 131072)),)
 
 SPECS = (
@@ -135,6 +169,7 @@ SPECS = (
         cost=cost,
         cases=(*COMMON, *BIASED),
         floor=2.0,
+        kernels=lambda: _kernels(True),
         host_kernels=_host_kernels("layer_norm", True),
         knobs=KNOBS,
     ),
@@ -149,6 +184,7 @@ SPECS = (
         cost=cost,
         cases=COMMON,
         floor=2.0,
+        kernels=lambda: _kernels(False),
         host_kernels=_host_kernels("rms_norm", False),
         knobs=KNOBS,
     ),
