@@ -11,7 +11,7 @@ from rlhf_kernels.runtime.checks import floating, on, positive, shaped, tokens
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
-_BACKENDS = {"cpu": ("native", "torch"), "cuda": ("torch",)}
+_BACKENDS = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
 
 
 def _by_row(like: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -78,6 +78,7 @@ _linear_logprob = Operator(
             "reference": "linear_reference",
             "torch": "linear_kernel_torch",
             "native": "linear_kernel_native",
+            "triton": "linear_kernel_triton",
         },
     ),
     f"({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",

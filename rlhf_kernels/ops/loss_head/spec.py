@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels.engine.spec import (
     FLOAT_DTYPES,
+    TARGETS,
     Case,
     Cost,
     Direction,
     HostKernel,
     Inputs,
+    KernelBuild,
     Knob,
     OpSpec,
     itemsize,
@@ -180,6 +182,27 @@ def _narrow(
     return Inputs(inputs.args | by_row, inputs.wrt), lambda x: x[rows]
 
 
+def _kernels() -> Iterator[KernelBuild]:
+    """Both directions in every dtype for every target."""
+    from rlhf_kernels.ops.loss_head import kernel_triton as k
+
+    by_row = {f"{name}_ptr": "*fp32" for name in ("entropy", "peak", "log_total")}
+    sizes = {"stride": "i32", "size": "i32", "temperature": "fp32"}
+    for dtype in ("fp32", "bf16", "fp16"):
+        given = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64"}
+        forward = given | {"logprob_ptr": "*fp32"} | by_row | sizes
+        grads = {"grad_logprob_ptr": "*fp32", "grad_entropy_ptr": "*fp32"}
+        backward = given | by_row | grads | {"out_ptr": f"*{dtype}", "out_stride": "i32"} | sizes
+        builds = (("forward", k.forward_kernel, forward), ("backward", k.backward_kernel, backward))
+        for direction, kernel, signature in builds:
+            aligned = tuple(a for a in signature if a.endswith(("ptr", "stride", "size")))
+            for target in TARGETS:
+                yield KernelBuild(
+                    f"{direction}/{dtype}", kernel, signature, {"BLOCK": k.BLOCK}, target,
+                    num_warps=k.NUM_WARPS, aligned=aligned,
+                )  # fmt: skip
+
+
 def _host_logprob(host, backward: bool):  # noqa: ANN001
     import numpy
 
@@ -222,6 +245,7 @@ SPECS = (
         outputs=("logprob", "entropy"),
         floor=4.0,
         narrow=_narrow,
+        kernels=_kernels,
         host_kernels=(
             HostKernel("logprob", lambda host: _host_logprob(host, False)),
             HostKernel("logprob_backward", lambda host: _host_logprob(host, True)),
