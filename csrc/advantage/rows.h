@@ -29,7 +29,7 @@ void gae_rows(const GaeForward<T>& g, int64_t begin, int64_t end) {
   using Mask = mask_t<A>;
   constexpr int n = Lanes<A>::n;
   const A gamma = A(g.gamma), decay = A(g.gamma * g.lam);
-  const Vec zero = {}, one = zero + A(1);
+  const Vec zero = {};
   Vec next = zero, advantage = zero, reward[n], value[n], follows[n] = {};
   Cursor<const T, A> rewards{g.rewards}, values{g.values}, nexts{g.next};
   Cursor<T, A> advantages{g.advantages}, returns{g.returns};
@@ -58,10 +58,9 @@ void gae_rows(const GaeForward<T>& g, int64_t begin, int64_t end) {
         next = value[k];
         value[k] += advantage;
       } else if constexpr (kind == GaeKind::kMasked) {
-        const Vec delta = real ? reward[k] + gamma * next - value[k] : zero;
-        advantage = delta + (real ? decay + zero : one) * advantage;
+        advantage = real ? reward[k] + gamma * next - value[k] + decay * advantage : advantage;
         next = real ? value[k] : next;
-        value[k] = (real ? value[k] : zero) + advantage;
+        value[k] = real ? value[k] + advantage : advantage;
       } else {
         const Mask live = g.flags.carry ? real : ~Mask{};
         const Vec r = real ? reward[k] : zero, v = real ? value[k] : zero;
