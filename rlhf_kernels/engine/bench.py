@@ -113,6 +113,7 @@ class Bench:
             roof_fraction=stats.median(stats.paired(least, samples)),
             speedup=stats.median(faster) if faster else None,
             speedup_ci=stats.median_ci(faster) if faster else None, baseline=self.baseline,
+            flops=whole.flops, bytes=whole.bytes,
             samples_us=[[s * 1e6 for s in samples]],
         )  # fmt: skip
 
