@@ -79,6 +79,8 @@ def append(path: Path, run: Run) -> None:
             os.fsync(file.fileno())
         except OSError:  # a full disk: no half of a run stays behind
             file.truncate(end)
+            if not end:
+                path.unlink()
             raise
 
 
