@@ -1,4 +1,4 @@
-"""The command `rlhf-kernels`: doctor, list, check, bench, compare, tune, budget.
+"""The command `rlhf-kernels`: doctor, list, check, bench, compare, regress, tune, budget.
 
 Every command works without a GPU, takes --json, and writes tables for people: rich on a terminal, Markdown in
 a pipe. What it measured so far is kept when it is interrupted.
@@ -26,6 +26,7 @@ examples:
   rlhf-kernels bench attention                 time it against eager, torch.compile and installed peers
   rlhf-kernels bench --tier smoke --json       every op on small shapes, for a machine to read
   rlhf-kernels compare main head.jsonl         a verdict on every row, and an exit code for a CI
+  rlhf-kernels regress gae --base main         build main and HEAD, measure them by turns
   rlhf-kernels tune swiglu                     find the best grain here; read back at run time
 
 exit codes: 0 fine, 1 regression, 2 incorrect, 3 environments differ, 64 usage,
@@ -188,6 +189,18 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     _gate_options(parser)
 
 
+def _regress_options(parser: argparse.ArgumentParser) -> None:
+    _selection(parser)
+    parser.add_argument("--base", required=True, metavar="REV", help="commit, branch or tag")
+    parser.add_argument("--head", default="HEAD", metavar="REV", help="what is judged (HEAD)")
+    parser.add_argument("--repository", type=Path, metavar="DIR", help="that of the specs, where not named")
+    parser.add_argument("--build", metavar="COMMAND", help="how a revision is built, in its worktree")
+    parser.add_argument("--pairs", type=_positive(int), help="of processes; as many as the rank test needs")
+    parser.add_argument("--threads", type=_positive(int), help="threads of the CPU")
+    parser.add_argument("--seconds", type=_positive(float), help="for a row in one pair of processes (0.3)")
+    _gate_options(parser)
+
+
 Run = Callable[[argparse.Namespace], int]
 COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "doctor": (commands.doctor, lambda parser: None),
@@ -195,6 +208,7 @@ COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "check": (commands.check, _check_options),
     "bench": (commands.bench, _bench_options),
     "compare": (gate.compare, _compare_options),
+    "regress": (gate.regress, _regress_options),
     "tune": (commands.tune_ops, _timing),
     "budget": (commands.budget, _budget_options),
 }

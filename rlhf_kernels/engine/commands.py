@@ -279,7 +279,7 @@ class Keeping:
             return False
         self.run.complete = False
         self.code = INTERRUPTED if kind is KeyboardInterrupt else SOFTWARE
-        table.complain(f"{error or 'interrupted'}: what follows is what was measured so far")
+        table.complain(f"{str(error) or 'interrupted'}: what follows is what was measured so far")
         return True
 
 

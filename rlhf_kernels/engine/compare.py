@@ -332,7 +332,7 @@ def _advice(rows: Sequence[Comparison], gate: Gate) -> list[str]:
             "rlhf-kernels regress needs none."
         )
     if any(row.verdict == "inconclusive" and min(row.processes) < 6 for row in timed):
-        said.append("Few processes tell little: bench --processes 8.")
+        said.append("Few processes tell little: bench --processes 8, regress --pairs 8.")
     return said
 
 

@@ -1,4 +1,4 @@
-"""The commands that judge a change: compare."""
+"""The commands that judge a change: compare, regress."""
 
 from __future__ import annotations
 
@@ -6,11 +6,27 @@ import argparse
 from collections.abc import Sequence
 
 from rlhf_kernels.engine import baselines, show_compare, table
-from rlhf_kernels.engine.commands import ENVIRONMENT, INCORRECT, OK, REGRESSION, print_json
+from rlhf_kernels.engine.campaign import Place
+from rlhf_kernels.engine.commands import (
+    ENVIRONMENT,
+    INCORRECT,
+    OK,
+    REGRESSION,
+    Keeping,
+    check_out,
+    device_of,
+    first_dtype,
+    print_json,
+    specs_of,
+    write,
+)
 from rlhf_kernels.engine.compare import Gate, Report, Unlike, wrong
 from rlhf_kernels.engine.compare import compare as compared
-from rlhf_kernels.engine.select import UsageError, known
+from rlhf_kernels.engine.regress import Regression, targets_of, top_for
+from rlhf_kernels.engine.revisions import commit_of, git
+from rlhf_kernels.engine.select import UsageError, known, measurements
 from rlhf_kernels.engine.store import Run
+from rlhf_kernels.runtime.dispatch import BACKENDS
 from rlhf_kernels.runtime.files import write_aside
 
 AGAIN = 75
@@ -44,6 +60,41 @@ def compare(args: argparse.Namespace) -> int:
     if args.inconclusive == "rerun" and report.counts["inconclusive"]:
         report.notes.append(measure_again(head, report))
     return finish(args, report, base, head)
+
+
+def regress(args: argparse.Namespace) -> int:
+    """Build two revisions, measure them by turns, and give every row a verdict.
+
+    Each revision is checked out in a worktree and runs in processes of its own; two processes, one a side,
+    take their samples in turn, so that what else the machine does falls on both. Uncommitted changes are not
+    seen. Exits as compare does.
+    """
+    check_out(args)
+    specs, device = specs_of(args), device_of(args)
+    impls = known("backend", args.backend, BACKENDS)
+    tiers = args.tier or ("smoke", "typical")
+    chosen = measurements(specs, args.case, args.dtype, tiers, first_dtype(device))
+    chosen = [one for one in chosen if one.case.tier != "awkward"]
+    repository = top_for(args.specs, args.repository)
+    commits = (commit_of(repository, args.base), commit_of(repository, args.head))
+    found = Regression(
+        repository, commits, Place(device, args.threads or 1, package=args.specs),
+        targets_of(chosen, impls, device), args.pairs, args.seconds or 0.3, Gate(least=args.least),
+        args.inconclusive == "rerun", args.build, args.line,
+    )  # fmt: skip
+    noted = Run(args.line, {})
+    with table.progress(args.quiet) as tell, Keeping(noted) as kept:
+        found.measure(tell)
+    runs = found.runs()
+    if not runs:
+        table.complain("rlhf-kernels: nothing was measured")
+        return kept.code
+    write(args, *runs)
+    report = found.report()
+    if git(repository, "status", "--porcelain", "--untracked-files=no"):
+        report.notes.append(f"Uncommitted changes in {repository} were not measured.")
+    code = finish(args, report, runs[:1], runs[1:])
+    return kept.code or code
 
 
 def finish(args: argparse.Namespace, report: Report, base: Sequence[Run], head: Sequence[Run]) -> int:
