@@ -249,14 +249,21 @@ def budget(args: argparse.Namespace) -> int:
 
     Registers, spills, shared memory, matrix instructions, and instruction counts of the CPU kernels. Needs no
     GPU. Exits with 1 where a budget is exceeded, with 2 where a kernel does not compile and with 3 where the
-    budgets were recorded with other compilers.
+    budgets were recorded with other compilers. What --out keeps can be compared: rlhf-kernels compare.
     """
     from rlhf_kernels.engine import budget as guards
 
+    check_out(args)
+    where = {"directory": args.budgets} if args.budgets else {}
+    where |= {"changelog": args.changelog} if args.changelog else {}
     try:
-        rows = guards.run(args.ops, args.target, args.kind, args.update, args.reason, package=args.specs)
+        rows = guards.run(
+            args.ops, args.target, args.kind, args.update, args.reason, package=args.specs, **where
+        )
     except ValueError as error:
         raise UsageError(str(error)) from None
+    found = fingerprint("cpu") | {"tools": guards.tools()}
+    write(args, store.Run(args.line, found, [guards.stored(row) for row in rows]))
     if args.json:
         print_json(rows)
     else:

@@ -305,9 +305,9 @@ def _figures(row: Comparison, was: Row, head: Series | None) -> Comparison:
     """The verdict on figures of a compiler or counter: exact, so that any change beyond rounding counts."""
     if head is None or not head.row.figures:
         why = "head has no such kernel" if head is None else f"{head.row.status}: {head.row.reason}"
-        return replace(
-            row, verdict="missing", status=head.row.status if head else "absent", reason=why.rstrip(": ")
-        )
+        # A kernel that is not declared any more is gone; only one that does not compile is broken.
+        status = "error" if head and head.row.status == "error" else "absent"
+        return replace(row, verdict="missing", status=status, reason=why.rstrip(": "))
     now = head.row
     gone = sorted(set(was.figures) - set(now.figures))
     if gone:
