@@ -65,8 +65,10 @@ class Side:
             return {"row": row.to_json()}
         costs = costs_of(spec, found, judge.dtype, direction)
         work = {"flops": sum(c.flops for c in costs), "bytes": sum(c.bytes for c in costs)}
-        self.contender = contender
-        seconds = min(measure([contender], self.clock, _WARM_UP)[impl])
+        samples = measure([contender], self.clock, _WARM_UP)[impl]
+        if not samples:
+            return {"row": row.failed("error", "it raised while it was timed").to_json()}
+        self.contender, seconds = contender, min(samples)
         return {"row": row.to_json() | {"threads": self.threads}, "seconds": seconds, "work": work}
 
     def _contender(
