@@ -30,7 +30,7 @@ except ImportError:  # Windows
     resource = None
 
 _TRIES = 6
-_WARM_UP = Limits(seconds=0.02, warmup=0.3, rounds=3, precision=1.0)
+_WARM_UP = Limits(seconds=0.02, warmup=0.1, rounds=3, precision=1.0)
 
 
 class Side:
@@ -93,13 +93,15 @@ class Side:
         return candidate.rows[direction], call and Contender(name, call, one.context)
 
     def sample(self, batch: int) -> dict[str, float]:
-        """Seconds of one call; some calls before bring back to the caches what the other side drove out.
+        """Seconds of one call; of a batch, some calls before bring back to the caches what the other side
+        drove out, which a call long enough to be a batch does by itself.
 
         A sample during which the scheduler gave the core to others says how long they took, and is taken
         again; where that happens every time, as it does to long calls on a busy machine, the last one counts.
         """
-        self.contender.batch = max(1, batch // 8)
-        self.clock.sample(self.contender)
+        if batch > 1:
+            self.contender.batch = max(1, batch // 8)
+            self.clock.sample(self.contender)
         self.contender.batch = batch
         for _ in range(_TRIES):
             before = _displaced()
