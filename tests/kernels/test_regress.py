@@ -1,6 +1,8 @@
 """Two revisions of a repository, measured by turns: a kernel of someone's own, in a repository of its own."""
 
+import random
 import subprocess
+import typing
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ from rlhf_kernels import cli
 from rlhf_kernels.engine import regress, revisions, store
 from rlhf_kernels.engine.campaign import Place
 from rlhf_kernels.engine.conditions import WorkerError
+from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.select import UsageError
-from rlhf_kernels.engine.turns import Side, Worker, pairs_needed
+from rlhf_kernels.engine.turns import Side, Target, Worker, pairs_needed
 
 KERNEL = '''"""A kernel of someone's own."""
 
@@ -149,3 +152,56 @@ def test_specs_outside_of_the_repository(repository):
     with pytest.raises(UsageError, match="outside of"):
         regress.top_for("rlhf_kernels.ops", repository)
     assert regress.top_for("own_ops.spec", None) == repository
+
+
+class Synthetic(regress.Turns):
+    """Samples of known truth in place of processes; notes what was asked for."""
+
+    asked: typing.ClassVar[list] = []
+
+    def pair(self, number, targets, tell=lambda target: None):
+        self.asked.append((number, [target.impl for target in targets]))
+        self.hello = {
+            side: {"file": str(one.directory / "x"), "fingerprint": {}} for side, one in self.sides.items()
+        }
+        draw = random.Random(number)
+        for target in targets:
+            tell(target)
+            # "clear" is 6 % slower in every process; "hazy" 3 % on average, and by 3 % more or less.
+            change = (
+                0.06 if target.impl == "clear" else 0.03 + draw.choice((-0.03, 0.03)) + draw.gauss(0, 0.01)
+            )
+            for side, factor in (("base", 1.0), ("head", 1 + change)):
+                samples = [100.0 * factor * (1 + i / 1000) for i in range(12)]
+                row = Row(
+                    *target[:1], target.impl, *target[1:4], "cpu", median_us=samples[6], samples_us=[samples]
+                )
+                row.ci_us = (samples[0], samples[-1])
+                self._rows[side][target].append(row)
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_rows_without_a_verdict_are_measured_again(repository, monkeypatch, rerun):
+    monkeypatch.setattr(regress, "Turns", Synthetic)
+    Synthetic.asked = asked = []
+    commits = (revisions.commit_of(repository, "fast"), revisions.commit_of(repository, "slow"))
+    targets = [Target("own_double", "small", "float32", "forward", impl) for impl in ("clear", "hazy")]
+    found = regress.Regression(
+        repository, commits, Place(package="own_ops.spec"), targets, pairs=9, rerun=rerun
+    )
+    found.measure(lambda *_: None)
+    verdicts = {row.impl: row for row in found.report().rows}
+    assert verdicts["clear"].verdict == "slower"
+    assert verdicts["clear"].processes == (9, 9)
+    assert [number for number, _ in asked] == list(range(len(asked)))
+    assert asked[:9] == [(number, ["clear", "hazy"]) for number in range(9)]
+    if rerun:
+        assert {tuple(impls) for _, impls in asked[9:]} == {("hazy",)}
+        assert len(asked) in (18, 36)
+        assert verdicts["hazy"].processes == (len(asked),) * 2
+        assert found.report().gate.level == pytest.approx(0.05 / 3), "three looks share it"
+    else:
+        assert len(asked) == 9
+        assert verdicts["hazy"].verdict == "inconclusive"
+    base, head = found.runs()
+    assert (base.complete, head.complete, base.session) == (True, True, head.session)
