@@ -178,7 +178,9 @@ def bench(args: argparse.Namespace) -> int:
     runs = _repeated(run, gathered)
     run.rows = merged_rows(runs)
     write(args, *runs)
-    if args.save_baseline:
+    if args.save_baseline and kept.code:
+        table.complain(f"the baseline {args.save_baseline} is as it was: these runs are not complete")
+    elif args.save_baseline:
         path = baselines.save(args.save_baseline, runs)
         print(f"baseline {args.save_baseline}: {len(runs)} runs kept in {path}", file=sys.stderr)
     if args.json:

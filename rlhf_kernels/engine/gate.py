@@ -56,6 +56,10 @@ def compare(args: argparse.Namespace) -> int:
     except Unlike as error:
         table.complain(f"rlhf-kernels: {error}")
         return ENVIRONMENT
+    if not report.rows:
+        raise UsageError(
+            f"{args.base} has no result to compare: no backend of these ops has a time or figures"
+        )
     report.notes[:0] = notes
     if args.inconclusive == "rerun" and report.counts["inconclusive"]:
         report.notes.append(measure_again(head, report))

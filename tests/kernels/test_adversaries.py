@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from rlhf_kernels.engine import roofs
+from rlhf_kernels.engine import audit, roofs
 from rlhf_kernels.engine.bench import Bench
 from rlhf_kernels.engine.clock import Contender, CpuClock, Limits
 from rlhf_kernels.engine.implementations import EAGER, Implementation
@@ -214,3 +214,19 @@ def test_the_clock_costs_less_than_a_microsecond():
     own = min(CpuClock().sample(Contender("bare", int, batch=100_000)) for _ in range(5))
     assert min(CpuClock().sample(one) for _ in range(200)) - own < 1e-6
     assert min(CpuClock().sample(many) for _ in range(50)) < 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_another_stream_is_caught():
+    device = torch.device("cuda")
+    x, y = torch.empty(2, 1 << 28, device=device).unbind()
+    side = torch.cuda.Stream(device)
+
+    def aside():
+        with torch.cuda.stream(side):
+            y.copy_(x)
+
+    for call in (aside, lambda: y.copy_(x)):
+        call()
+    assert audit.other_streams(Contender("aside", aside), device).startswith("another stream worked for")
+    assert audit.other_streams(Contender("honest", lambda: y.copy_(x)), device) == ""

@@ -405,3 +405,11 @@ def test_bad_files_are_one_sentence_and_finished_rows_count(command, tmp_path):
     code, _, err = command(base, tmp_path)
     assert code == 64
     assert "cannot be read: Is a directory" in err
+
+
+def test_nothing_to_compare_is_an_error(command, tmp_path):
+    store.append(tmp_path / "a.jsonl", _run([_row([[100.0] * 3] * 6, impl="TRL")]))
+    code, out, err = command("a.jsonl", "a.jsonl")
+    assert (code, out) == (64, "")
+    assert "has no result to compare" in err
+    assert command("a.jsonl", "a.jsonl", "--impl", "TRL")[0] == 0
