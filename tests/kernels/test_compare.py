@@ -371,9 +371,9 @@ def test_named_baselines(command, tmp_path):
     assert command("main", "head.jsonl")[0] == 0
     baselines.save("main", [run])
     assert len(store.read(path)[0]) == 1, "saved again in place of what it was"
-    code, _, err = command("mian", "head.jsonl")
+    code, _, err = command("nain", "head.jsonl")
     assert code == 64
-    assert err == "rlhf-kernels: there is no result file and no baseline 'mian'; baselines: main\n"
+    assert err == "rlhf-kernels: there is no result file and no baseline 'nain'; baselines: main\n"
     code, _, err = command("../main", "head.jsonl")
     assert code == 64
     assert cli.main(["bench", "--save-baseline", "../x"]) == 64

@@ -121,7 +121,7 @@ def test_builds_are_kept_by_content(repository, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--base", "mian"], 64, "unknown revision 'mian': expected a commit, branch or tag of"),
+        (["--base", "nain"], 64, "unknown revision 'nain': expected a commit, branch or tag of"),
         (["--base", "fast", "--repository", "/"], 64, "/ is in no git repository"),
         (["--base", "fast", "--backend", "triton"], 64, "nothing to measure on cpu"),
         (["--base", "fast", "--build", "echo no gcc >&2; false"], 70, "building failed with 1 (echo no gcc"),
