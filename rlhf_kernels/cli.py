@@ -1,4 +1,4 @@
-"""The command `rlhf-kernels`: doctor, list, check, bench, tune, budget.
+"""The command `rlhf-kernels`: doctor, list, check, bench, compare, regress, tune, budget.
 
 Every command works without a GPU, takes --json, and writes tables for people: rich on a terminal, Markdown in
 a pipe. What it measured so far is kept when it is interrupted.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import rlhf_kernels
-from rlhf_kernels.engine import commands, select, table
+from rlhf_kernels.engine import commands, gate, select, table
 from rlhf_kernels.engine.conditions import WorkerError
 from rlhf_kernels.engine.select import UsageError
 
@@ -25,9 +25,12 @@ examples:
   rlhf-kernels check gae --dtype float32       hold every backend against the float64 definition
   rlhf-kernels bench attention                 time it against eager, torch.compile and installed peers
   rlhf-kernels bench --tier smoke --json       every op on small shapes, for a machine to read
+  rlhf-kernels compare main head.jsonl         a verdict on every row, and an exit code for a CI
+  rlhf-kernels regress gae --base main         build main and HEAD, measure them by turns
   rlhf-kernels tune swiglu                     find the best grain here; read back at run time
 
-exit codes: 0 fine, 1 regression, 2 incorrect, 3 environments differ, 64 usage, 130 interrupted
+exit codes: 0 fine, 1 regression, 2 incorrect, 3 environments differ, 64 usage,
+            75 measure again (--inconclusive=rerun), 130 interrupted
 environment: RLHF_KERNELS_BACKEND, RLHF_KERNELS_STRICT, RLHF_KERNELS_TUNED, RLHF_KERNELS_CACHE, NO_COLOR
 """
 
@@ -137,7 +140,11 @@ def _timing(parser: argparse.ArgumentParser) -> None:
 def _bench_options(parser: argparse.ArgumentParser) -> None:
     _timing(parser)
     parser.add_argument("--baseline", default="torch", metavar="NAME", help="what speed-ups are over")
-    parser.add_argument("--processes", type=_positive(int), default=1, help="the median of so many")
+    parser.add_argument(
+        "--processes", type=_positive(int), help="the median of so many; 1, or 5 of a baseline"
+    )
+    parser.add_argument("--runs", type=_positive(int), default=1, help="so often: their spread is the noise")
+    parser.add_argument("--save-baseline", metavar="NAME", help="keep the runs for `compare NAME`")
 
 
 def _check_options(parser: argparse.ArgumentParser) -> None:
@@ -152,7 +159,49 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", metavar="NAME,..", help="triton, cuda, host", **many)
     parser.add_argument("--update", action="store_true", help="write new figures down; tightening is free")
     parser.add_argument("--reason", default="", help="why a budget loosens, for CHANGELOG.md")
+    parser.add_argument("--budgets", type=Path, metavar="DIR", help="of kernels of your own: their budgets")
+    parser.add_argument("--changelog", type=Path, metavar="FILE", help="where a reason goes")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the results to this file")
     parser.add_argument("--verbose", action="store_true", help="show every kernel, not only what is over")
+
+
+def _gate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--inconclusive", choices=("pass", "fail", "rerun"), default="pass",
+        help="what a row without a verdict does; rerun measures, or asks to measure, more",
+    )  # fmt: skip
+    share = {"type": percent, "metavar": "PERCENT"}
+    parser.add_argument("--least", help="changes below are never called (2 %%)", default=0.02, **share)
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a comment for a pull request")
+
+
+def percent(text: str) -> float:
+    value = float(text.rstrip("% "))
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"expected a percentage between 0 and 100, got {text}")
+    return value / 100
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    many = {"action": "extend", "type": _words, "default": []}
+    parser.add_argument("base", help="a result file, or the name of a baseline")
+    parser.add_argument("head", nargs="?", help="the same; none where base is a file of regress")
+    parser.add_argument("--op", metavar="NAME,..", help="compare these ops alone", **many)
+    parser.add_argument("--impl", metavar="NAME,..", help="implementations; none means the backends", **many)
+    parser.add_argument("--force", action="store_true", help="compare unlike machines and versions too")
+    _gate_options(parser)
+
+
+def _regress_options(parser: argparse.ArgumentParser) -> None:
+    _selection(parser)
+    parser.add_argument("--base", required=True, metavar="REV", help="commit, branch or tag")
+    parser.add_argument("--head", default="HEAD", metavar="REV", help="what is judged (HEAD)")
+    parser.add_argument("--repository", type=Path, metavar="DIR", help="that of the specs, where not named")
+    parser.add_argument("--build", metavar="COMMAND", help="how a revision is built, in its worktree")
+    parser.add_argument("--pairs", type=_positive(int), help="of processes; as many as the rank test needs")
+    parser.add_argument("--threads", type=_positive(int), help="threads of the CPU")
+    parser.add_argument("--seconds", type=_positive(float), help="for a row in one pair of processes (0.3)")
+    _gate_options(parser)
 
 
 Run = Callable[[argparse.Namespace], int]
@@ -161,6 +210,8 @@ COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "list": (commands.list_ops, _ops),
     "check": (commands.check, _check_options),
     "bench": (commands.bench, _bench_options),
+    "compare": (gate.compare, _compare_options),
+    "regress": (gate.regress, _regress_options),
     "tune": (commands.tune_ops, _timing),
     "budget": (commands.budget, _budget_options),
 }

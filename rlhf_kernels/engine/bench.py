@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from rlhf_kernels.engine import audit, stats
 from rlhf_kernels.engine import implementations as known
-from rlhf_kernels.engine import stats
 from rlhf_kernels.engine.check import Judge, one_line
 from rlhf_kernels.engine.clock import Clock, Contender, Limits, measure
 from rlhf_kernels.engine.implementations import EAGER, Implementation
@@ -81,14 +81,43 @@ class Bench:
         ]
         copy = Contender("the roof", copy_of(costs, self.device))
         samples = measure([*contenders, copy], self.clock, self.limits)
+        wrong = self._audit(direction, ready, contenders, judge)
         least = [self.roofs.seconds(costs, judge.dtype, copying) for copying in samples[copy.name]]
         base = next((samples[c.name] for c in contenders if c.name == self.baseline), [])
         for candidate, contender in zip(ready, contenders):
             row = candidate.rows[direction]
-            row.host_us = _scaled(self.clock.host(contender))
-            with contender.context():
-                row.peak_bytes = peak_bytes(contender.call, self.device)
+            try:
+                if contender.failure:
+                    raise contender.failure
+                row.host_us = _scaled(self.clock.host(contender))
+                with contender.context():
+                    row.peak_bytes = peak_bytes(contender.call, self.device)
+            except Exception as error:  # what passed its check may still fail later
+                candidate.rows[direction] = row.failed("error", f"while it was timed: {one_line(error)}")
+                continue
+            if contender.name in wrong:
+                candidate.rows[direction] = row.failed("incorrect", wrong[contender.name])
+                continue
             candidate.rows[direction] = self._row(row, samples[contender.name], base, least, costs)
+
+    def _audit(
+        self, direction: str, ready: Sequence[Candidate], contenders: Sequence[Contender], judge: Judge
+    ) -> dict[str, str]:
+        """What timed calls do besides the work, or instead of it, by name."""
+        fit = {c.name: c for c in contenders if not c.failure}
+        outputs = {c.implementation.name: c.implementation.outputs for c in ready}
+        eager = call_of(Implementation(EAGER, judge.spec.torch_form), judge, direction)
+        wrong = audit.stale(judge, eager, fit, outputs if direction == FORWARD else {})
+        for name, contender in fit.items():
+            if name in wrong:
+                continue
+            if self.device.type == "cuda":
+                found = audit.other_streams(contender, self.device)
+            else:
+                found = audit.elsewhere(contender, self.threads)
+            if found:
+                wrong[name] = found
+        return wrong
 
     def _row(
         self, row: Row, samples: list[float], base: list[float], least: list[float], costs: list[Cost]
@@ -113,6 +142,7 @@ class Bench:
             roof_fraction=stats.median(stats.paired(least, samples)),
             speedup=stats.median(faster) if faster else None,
             speedup_ci=stats.median_ci(faster) if faster else None, baseline=self.baseline,
+            flops=whole.flops, bytes=whole.bytes,
             samples_us=[[s * 1e6 for s in samples]],
         )  # fmt: skip
 

@@ -186,7 +186,7 @@ class Judge:
     ) -> tuple[Result, str]:
         """The result of a call in poisoned memory, and what was wrong with its manners."""
         likes = [t for r in (self.reference, self.yardstick) for t in (*r.outputs, *r.gradients.values())]
-        memory = list(_bytes_of(self.inputs))
+        memory = list(bytes_of(self.inputs))
         before = [held.clone() for held in memory]
         with poisoned(self.device, likes):
             result = run(function, self.inputs, upstream)
@@ -198,7 +198,7 @@ class Judge:
             again = run(function, self.inputs, upstream)
             for direction in self.directions:
                 for (name, first), (_, second) in zip(result.named(direction), again.named(direction)):
-                    if not _same_bits(first, second):
+                    if not same_bits(first, second):
                         return result, f"a second run gave other bits in {name}"
         return result, ""
 
@@ -218,7 +218,7 @@ class Judge:
             if odd := _unlike(name, g, y):
                 return row.failed("incorrect", odd)
             if foreign:
-                g, w, y = (self._real(t) for t in (g, w, y))
+                g, w, y = (self.real(t) for t in (g, w, y))
             error, allowed = deviation(g, w, y, self.spec.floor)
             allowed *= FOREIGN_SLACK if foreign else 1.0
             excess = error / allowed if allowed else (math.inf if error else 0.0)
@@ -232,7 +232,7 @@ class Judge:
         row.reason = ""
         return row.failed("incorrect", complaint) if complaint else row
 
-    def _real(self, tensor: Tensor) -> Tensor:
+    def real(self, tensor: Tensor) -> Tensor:
         """What is not padding, where the tensor has the mask's shape."""
         mask = self.checked[0].args.get("mask")
         masked = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == tensor.shape
@@ -310,14 +310,16 @@ def _clone_generator(value: Any) -> Any:
     return torch.Generator(value.device).set_state(value.get_state())
 
 
-def _bytes_of(inputs: Inputs) -> Iterator[Tensor]:
+def bytes_of(inputs: Inputs) -> Iterator[Tensor]:
     """The whole memory under each input, the gaps of a strided one included."""
     for t in inputs.tensors():
         storage = t.untyped_storage()
         yield torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage, 0, (storage.nbytes(),))
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and every bit, NaN included."""
+
     def raw(t: Tensor) -> Tensor:
         return t.contiguous().reshape(-1).view(torch.uint8)
 

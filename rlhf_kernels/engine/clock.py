@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from time import perf_counter_ns  # taken before any code of others could replace it
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +30,10 @@ _STEADY_SAMPLES, _STEADY = 3, 0.05
 
 @dataclass
 class Contender:
-    """One implementation: `call` takes no arguments, `context` holds while it is timed."""
+    """One implementation: `call` takes no arguments, `context` holds while it is timed.
+
+    `failure` is what a call raised while it was timed; its samples do not count then.
+    """
 
     name: str
     call: Callable[[], Any]
@@ -37,6 +41,7 @@ class Contender:
     batch: int = 1
     spent: float = 0.0
     samples: list[float] = field(default_factory=list)
+    failure: BaseException | None = None
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,10 @@ class CpuClock:
         """Seconds of one call, the mean of a batch."""
         call = contender.call
         with contender.context():
-            start = time.perf_counter_ns()
+            start = perf_counter_ns()
             for _ in itertools.repeat(None, contender.batch):
                 call()
-            return (time.perf_counter_ns() - start) / contender.batch / 1e9
+            return (perf_counter_ns() - start) / contender.batch / 1e9
 
     def batch(self, seconds: float) -> int:
         """As many calls as fill a millisecond."""
@@ -181,26 +186,38 @@ def measure(
     """Seconds of one call of each contender, one number a sample.
 
     A contender that has used its share of the time sits out, once it has three samples, so that a slow one
-    does not starve the others.
+    does not starve the others. One whose call raises leaves the field without samples.
     """
     with _undisturbed():
         for contender in contenders:
-            _warm_up(contender, clock, limits)
+            with _leaving(contender):
+                _warm_up(contender, clock, limits)
         draw = random.Random(seed)
         start, share = time.perf_counter(), limits.seconds / max(len(contenders), 1)
         for round_number in itertools.count(1):
-            playing = [c for c in contenders if c.spent < share or len(c.samples) < 3]
+            playing = [c for c in contenders if not c.failure and (c.spent < share or len(c.samples) < 3)]
             for contender in draw.sample(playing, len(playing)):
                 before = time.perf_counter()
-                contender.samples.append(clock.sample(contender))
+                with _leaving(contender):
+                    contender.samples.append(clock.sample(contender))
                 contender.spent += time.perf_counter() - before
             if not playing or (time.perf_counter() - start > limits.seconds and round_number >= 3):
                 break
             if round_number >= limits.rounds and all(
-                stats.precision(c.samples) <= limits.precision for c in playing
+                c.failure or stats.precision(c.samples) <= limits.precision for c in playing
             ):
                 break
     return {c.name: c.samples for c in contenders}
+
+
+@contextmanager
+def _leaving(contender: Contender) -> Iterator[None]:
+    """A call that raises ends its contender's part and nobody else's."""
+    try:
+        yield
+    except Exception as error:
+        contender.failure = error
+        contender.samples = []
 
 
 def _warm_up(contender: Contender, clock: Clock, limits: Limits) -> None:

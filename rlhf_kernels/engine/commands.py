@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlhf_kernels.engine import campaign, select, show, store, table, tune
+from rlhf_kernels.engine import baselines, campaign, select, show, store, table, tune
 from rlhf_kernels.engine import doctor as examination
 from rlhf_kernels.engine.clock import Limits
 from rlhf_kernels.engine.conditions import WorkerError, running
@@ -25,11 +27,13 @@ from rlhf_kernels.runtime.dispatch import BACKENDS
 OK, REGRESSION, INCORRECT, ENVIRONMENT, USAGE, SOFTWARE, INTERRUPTED = 0, 1, 2, 3, 64, 70, 130
 
 
-def _specs(args: argparse.Namespace) -> list[OpSpec]:
+def specs_of(args: argparse.Namespace) -> list[OpSpec]:
+    """The specs of the named ops; all where none is named."""
     return select.select_ops(load_specs(args.specs), [*args.ops, *getattr(args, "more_ops", [])])
 
 
-def _device(args: argparse.Namespace) -> str:
+def device_of(args: argparse.Namespace) -> str:
+    """The device asked for, or the one there is."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = args.device or here
     if device not in ("cpu", "cuda"):
@@ -41,26 +45,47 @@ def _device(args: argparse.Namespace) -> str:
 
 def _place(args: argparse.Namespace, seconds: float, threads: int) -> campaign.Place:
     limits = Limits(seconds=args.seconds or seconds, precision=args.precision)
-    return campaign.Place(_device(args), args.threads or threads, limits, args.specs)
+    return campaign.Place(device_of(args), args.threads or threads, limits, args.specs)
 
 
-def _first_dtype(device: str) -> Callable[[Case], Sequence[torch.dtype]]:
+def first_dtype(device: str) -> Callable[[Case], Sequence[torch.dtype]]:
     """What is timed by default: float32 on the CPU, bfloat16 on a GPU, where the case has it."""
     usual = torch.float32 if device == "cpu" else torch.bfloat16
     return lambda case: (usual,) if usual in case.dtypes else case.dtypes[:1]
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """One JSON value on standard output."""
     print(json.dumps(value, indent=1, allow_nan=False))
 
 
-def _write(args: argparse.Namespace, run: store.Run) -> None:
-    if args.out:
-        store.append(args.out, run)
-        print(f"{len(run.rows) + len(run.outcomes)} rows appended to {args.out}", file=sys.stderr)
+def write(args: argparse.Namespace, *runs: store.Run) -> None:
+    """Appends runs to --out; what cannot be written there is kept where temporary files are.
+
+    Raises:
+        UsageError: it could not be written; the text says where it is instead.
+    """
+    if not args.out:
+        return
+    count = sum(len(run.rows) + len(run.outcomes) for run in runs)
+    try:
+        for run in runs:
+            store.append(args.out, run)
+    except OSError as error:
+        kept = Path(tempfile.gettempdir()) / f"rlhf-kernels-{runs[0].session}.jsonl"
+        where = f"kept in {kept}"
+        try:
+            for run in runs:
+                store.append(kept, run)
+        except OSError:
+            print_json([run.to_json() for run in runs])
+            where = "printed above"
+        raise UsageError(f"--out {args.out}: {error.strerror}; the {count} rows are {where}") from None
+    print(f"{count} rows appended to {args.out}", file=sys.stderr)
 
 
-def _out(args: argparse.Namespace) -> None:
+def check_out(args: argparse.Namespace) -> None:
+    """Refuses an --out that cannot be a file, before anything is measured."""
     if args.out and args.out.is_dir():
         raise UsageError(f"--out {args.out} is a directory: expected a file such as results.jsonl")
 
@@ -73,7 +98,7 @@ def doctor(args: argparse.Namespace) -> int:
     """
     findings = examination.findings()
     if args.json:
-        _print_json([dataclasses.asdict(one) for one in findings])
+        print_json([dataclasses.asdict(one) for one in findings])
     else:
         show.doctor(findings)
     return OK
@@ -81,9 +106,9 @@ def doctor(args: argparse.Namespace) -> int:
 
 def list_ops(args: argparse.Namespace) -> int:
     """List the ops, or the cases of those that are named."""
-    specs = _specs(args)
+    specs = specs_of(args)
     if args.json:
-        _print_json([_described(spec) for spec in specs])
+        print_json([_described(spec) for spec in specs])
     elif args.ops:
         for spec in specs:
             show.cases(spec)
@@ -107,18 +132,18 @@ def check(args: argparse.Namespace) -> int:
     are compared after, and a second run must give the same bits. TRITON_INTERPRET=1 checks Triton kernels
     without a GPU. Exits with 2 where something is incorrect.
     """
-    _out(args)
-    specs, device = _specs(args), _device(args)
+    check_out(args)
+    specs, device = specs_of(args), device_of(args)
     backends = select.known("backend", args.backend, BACKENDS)
     tiers = args.tier or ("smoke", "typical", "awkward")
     chosen = select.measurements(specs, args.case, args.dtype, tiers)
     run = store.Run(args.line, fingerprint(device))
     place = campaign.Place(device, package=args.specs)
-    with table.progress(args.quiet) as tell, _Keeping(run) as kept:
+    with table.progress(args.quiet) as tell, Keeping(run) as kept:
         run.rows.extend(campaign.check(chosen, backends, place, tell))
-    _write(args, run)
+    write(args, run)
     if args.json:
-        _print_json(run.to_json())
+        print_json(run.to_json())
     else:
         show.check(run.rows, args.verbose)
     return kept.code or _code(run.rows)
@@ -130,29 +155,56 @@ def bench(args: argparse.Namespace) -> int:
     Runs in processes of their own under fixed conditions. A time without a passed check is not shown. The
     interpreter is never timed. Exits with 2 where one of our own implementations is incorrect.
     """
-    _out(args)
-    specs = _specs(args)
+    check_out(args)
+    specs = specs_of(args)
     place = _place(args, seconds=2.0, threads=1)
     known = dict.fromkeys(name for spec in specs for name in names(spec))
     wanted = select.known("implementation", args.backend, known)
     (baseline,) = select.known("implementation", [args.baseline], known)
     tiers = args.tier or ("smoke", "typical")
-    chosen = select.measurements(specs, args.case, args.dtype, tiers, _first_dtype(place.device))
+    chosen = select.measurements(specs, args.case, args.dtype, tiers, first_dtype(place.device))
     chosen = [m for m in chosen if m.case.tier != "awkward"]
     if not chosen:
         raise UsageError("awkward cases are checked, not timed: rlhf-kernels check")
+    if args.save_baseline:
+        baselines.path_of(args.save_baseline)
     run = store.Run(args.line, fingerprint(place.device, place.threads))
-    rows: dict[tuple[str, ...], list[Row]] = {}
-    with table.progress(args.quiet) as tell, _Keeping(run) as kept:
-        campaign.bench(chosen, wanted, place, tell, args.processes, baseline, rows)
-    run.rows = campaign.gather(rows)
-    _write(args, run)
+    processes = args.processes or (5 if args.save_baseline else 1)
+    gathered: list[dict[tuple[str, ...], list[Row]]] = []
+    with table.progress(args.quiet) as tell, Keeping(run) as kept:
+        for _ in range(args.runs):
+            gathered.append({})
+            campaign.bench(chosen, wanted, place, tell, processes, baseline, gathered[-1])
+    runs = _repeated(run, gathered)
+    run.rows = merged_rows(runs)
+    write(args, *runs)
+    if args.save_baseline and kept.code:
+        table.complain(f"the baseline {args.save_baseline} is as it was: these runs are not complete")
+    elif args.save_baseline:
+        path = baselines.save(args.save_baseline, runs)
+        print(f"baseline {args.save_baseline}: {len(runs)} runs kept in {path}", file=sys.stderr)
     if args.json:
-        _print_json(run.to_json())
+        print_json(run.to_json())
     else:
         show.bench(run.rows, load_specs(args.specs))
         table.print_notes([*show.how_timed(run.rows), *_noise(place), f"Again: {args.line}"])
     return kept.code or _code(run.rows)
+
+
+def _repeated(run: store.Run, gathered: Sequence[dict[tuple[str, ...], list[Row]]]) -> list[store.Run]:
+    """One run a repetition, of one session; only the last of an interrupted command is incomplete."""
+    runs = [dataclasses.replace(run, rows=campaign.gather(rows), complete=True) for rows in gathered]
+    runs[-1].complete = run.complete
+    return runs
+
+
+def merged_rows(runs: Sequence[store.Run]) -> list[Row]:
+    """The rows of repeated runs as one run's."""
+    rows: dict[tuple[str, ...], list[Row]] = {}
+    for run in runs:
+        for row in run.rows:
+            rows.setdefault(row.key, []).append(row)
+    return campaign.gather(rows)
 
 
 def _noise(place: campaign.Place) -> list[str]:
@@ -167,8 +219,8 @@ def tune_ops(args: argparse.Namespace) -> int:
     Every value is checked before it may win and is timed beside the default, which always competes. The table
     is read back at run time: rlhf-kernels doctor says how many of its entries apply.
     """
-    _out(args)
-    specs = _specs(args)
+    check_out(args)
+    specs = specs_of(args)
     place = _place(args, seconds=1.0, threads=torch.get_num_threads())
     backends = select.known("backend", args.backend, BACKENDS) or list(BACKENDS)
     able = [spec for spec in specs if set(tune.tunable(spec, place.device)) & set(backends)]
@@ -176,18 +228,18 @@ def tune_ops(args: argparse.Namespace) -> int:
         asked = ", ".join(spec.name for spec in specs)
         raise UsageError(f"nothing to tune on {place.device}: no knob of {asked} for these backends")
     tiers = args.tier or ("smoke", "typical")
-    chosen = select.measurements(able, args.case, args.dtype, tiers, _first_dtype(place.device))
+    chosen = select.measurements(able, args.case, args.dtype, tiers, first_dtype(place.device))
     outcomes: list[tune.Outcome] = []
     path, run = None, store.Run(args.line, fingerprint(place.device, place.threads))
-    with table.progress(args.quiet) as tell, _Keeping(run) as kept:
+    with table.progress(args.quiet) as tell, Keeping(run) as kept:
         for outcome in campaign.tune(chosen, backends, place, tell):
             outcomes.append(outcome)
             if outcome.timings_us:
                 path = tune.store(outcome.entry(place.device, place.threads))
     run.outcomes = [dataclasses.asdict(one) for one in outcomes]
-    _write(args, run)
+    write(args, run)
     if args.json:
-        _print_json(run.to_json() | {"table": str(path) if path else None})
+        print_json(run.to_json() | {"table": str(path) if path else None})
     else:
         show.tune(outcomes)
         table.print_notes([f"Stored in {path}. Again: {args.line}"] if path else ["Nothing was stored."])
@@ -199,29 +251,36 @@ def budget(args: argparse.Namespace) -> int:
 
     Registers, spills, shared memory, matrix instructions, and instruction counts of the CPU kernels. Needs no
     GPU. Exits with 1 where a budget is exceeded, with 2 where a kernel does not compile and with 3 where the
-    budgets were recorded with other compilers.
+    budgets were recorded with other compilers. What --out keeps can be compared: rlhf-kernels compare.
     """
     from rlhf_kernels.engine import budget as guards
 
+    check_out(args)
+    where = {"directory": args.budgets} if args.budgets else {}
+    where |= {"changelog": args.changelog} if args.changelog else {}
     try:
-        rows = guards.run(args.ops, args.target, args.kind, args.update, args.reason, package=args.specs)
+        rows = guards.run(
+            args.ops, args.target, args.kind, args.update, args.reason, package=args.specs, **where
+        )
     except ValueError as error:
         raise UsageError(str(error)) from None
+    found = fingerprint("cpu") | {"tools": guards.tools()}
+    write(args, store.Run(args.line, found, [guards.stored(row) for row in rows]))
     if args.json:
-        _print_json(rows)
+        print_json(rows)
     else:
         show.budget(rows, args.verbose)
     return guards.exit_code(rows)
 
 
-class _Keeping:
+class Keeping:
     """Ends a measurement where it is interrupted or its process dies, and keeps what there is."""
 
     def __init__(self, run: store.Run) -> None:
         self.run = run
         self.code = OK
 
-    def __enter__(self) -> _Keeping:
+    def __enter__(self) -> Keeping:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
@@ -229,7 +288,7 @@ class _Keeping:
             return False
         self.run.complete = False
         self.code = INTERRUPTED if kind is KeyboardInterrupt else SOFTWARE
-        table.complain(f"{error or 'interrupted'}: what follows is what was measured so far")
+        table.complain(f"{str(error) or 'interrupted'}: what follows is what was measured so far")
         return True
 
 

@@ -33,8 +33,11 @@ class Row:
         roof_us, roof_fraction: the least time that this machine's measured roofs allow, and its share.
         peak_bytes: most memory held at once above the inputs.
         speedup, speedup_ci: time of `baseline` over this time, the median of all rounds, and its interval.
+        flops, bytes: the work that the time is for; unlike work is never compared.
         samples_us: the raw samples, one list a process.
         version: of a foreign package.
+        figures: what `budget` found, by name: registers, spills, instructions; exact, without a time.
+        notes: what is shown beside figures, occupancy for instance.
     """
 
     op: str
@@ -60,7 +63,11 @@ class Row:
     baseline: str | None = None
     threads: int | None = None
     version: str | None = None
+    flops: float | None = None
+    bytes: float | None = None
     samples_us: list[list[float]] = field(default_factory=list)
+    figures: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.status != "ok" and self.median_us is not None:
@@ -74,17 +81,9 @@ class Row:
     def failed(self, status: Status, reason: str) -> Row:
         """This row without any figure of time, for the reason given."""
         kept = (
-            "op",
-            "impl",
-            "case",
-            "dtype",
-            "direction",
-            "device",
-            "error",
-            "allowed",
-            "threads",
-            "version",
-        )
+            "op", "impl", "case", "dtype", "direction", "device", "error", "allowed", "threads", "version",
+            "figures", "notes",
+        )  # fmt: skip
         return Row(**{name: getattr(self, name) for name in kept}, status=status, reason=reason)
 
     def to_json(self) -> dict[str, Any]:

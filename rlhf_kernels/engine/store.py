@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,6 +28,9 @@ class Run:
         outcomes: what `tune` found, as JSON values.
         started: UTC, ISO 8601.
         complete: whether it was left to finish.
+        session: shared by the runs of one command: several of the same code show the machine's noise, and the
+            two sides of `regress` were measured by turns, process by process.
+        side: base or head, of a run of `regress`.
     """
 
     command: str
@@ -35,12 +39,15 @@ class Run:
     outcomes: list[dict[str, Any]] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     complete: bool = True
+    session: str = field(default_factory=lambda: secrets.token_hex(6))
+    side: str = ""
 
     def header(self) -> dict[str, Any]:
         """The line before the rows."""
         return {
             "kind": "run", "schema": SCHEMA, "command": self.command, "started": self.started,
-            "complete": self.complete, "fingerprint": self.fingerprint,
+            "complete": self.complete, "session": self.session, "side": self.side,
+            "fingerprint": self.fingerprint,
         }  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
@@ -48,29 +55,48 @@ class Run:
         return self.header() | {"rows": [row.to_json() for row in self.rows], "outcomes": self.outcomes}
 
 
+def lines(run: Run) -> list[dict[str, Any]]:
+    """What stands in a file for a run, one JSON value a line."""
+    rows = [{"kind": "row"} | row.to_json() for row in run.rows]
+    return [run.header(), *rows, *({"kind": "outcome"} | outcome for outcome in run.outcomes)]
+
+
 def append(path: Path, run: Run) -> None:
-    """Adds a run to a file of JSON lines, in one write; starts a line of its own behind a broken one."""
-    lines = [run.header(), *({"kind": "row"} | row.to_json() for row in run.rows)]
-    lines += [{"kind": "outcome"} | outcome for outcome in run.outcomes]
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    with locked(path), path.open("ab+") as file:
-        if file.tell():
+    """Adds a run to a file of JSON lines, all or nothing; starts a line of its own behind a broken one.
+
+    Raises:
+        OSError: the file cannot be written; it is as it was.
+    """
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines(run))
+    with locked(path), path.open("ab+", buffering=0) as file:
+        if end := file.tell():
             file.seek(-1, os.SEEK_END)
             text = text if file.read(1) == b"\n" else "\n" + text
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            rest = memoryview(text.encode())
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:  # a full disk: no half of a run stays behind
+            file.truncate(end)
+            if not end:
+                path.unlink()
+            raise
 
 
 def read(path: Path) -> tuple[list[Run], int]:
     """The runs of a file and how many lines of it could not be read.
 
     Raises:
-        ValueError: a run is of a later schema.
+        ValueError: there is no such file, or it is no text, or a run in it is of a later schema.
     """
     runs: list[Run] = []
     broken = 0
-    for line in path.read_text().splitlines():
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for line in text.splitlines():
         try:
             value = json.loads(line)
             kind = value["kind"]
@@ -80,16 +106,25 @@ def read(path: Path) -> tuple[list[Run], int]:
         if kind == "run":
             runs.append(_run(path, value))
         elif kind == "row" and runs:
-            runs[-1].rows.append(Row.from_json(value))
+            try:
+                runs[-1].rows.append(Row.from_json(value))
+            except (TypeError, ValueError):
+                broken += 1
         elif kind == "outcome" and runs:
             runs[-1].outcomes.append({name: item for name, item in value.items() if name != "kind"})
     return runs, broken
 
 
 def _run(path: Path, value: dict[str, Any]) -> Run:
-    if value["schema"] > SCHEMA:
+    schema = value.get("schema")
+    if not isinstance(schema, int):
+        raise ValueError(f"{path} holds schema {schema!r}: expected a number up to {SCHEMA}")
+    if schema > SCHEMA:
         raise ValueError(
-            f"{path} holds schema {value['schema']}, this version reads up to {SCHEMA}: upgrade rlhf-kernels"
+            f"{path} holds schema {schema}, this version reads up to {SCHEMA}: upgrade rlhf-kernels"
         )
-    names = ("command", "fingerprint", "started", "complete")
-    return Run(**{name: value[name] for name in names})
+    known = {"command": "", "fingerprint": {}, "started": "", "complete": False}
+    run = Run(**{name: value.get(name, default) for name, default in known.items()})
+    # Runs from before sessions stand alone.
+    run.session, run.side = value.get("session") or run.session, value.get("side", "")
+    return run

@@ -62,8 +62,8 @@ def kernels():
 
 
 def _rows(host):
-    """One element in 256 more than the planted budget was counted with, if PLANTED_MORE is set."""
-    x = numpy.linspace(-4, 4, 4096 + 16 * bool(os.environ.get("PLANTED_MORE")), dtype=numpy.float32)
+    """More elements than the planted budget was counted with: one in 256 times PLANTED_MORE."""
+    x = numpy.linspace(-4, 4, 4096 + 16 * int(os.environ.get("PLANTED_MORE", "0")), dtype=numpy.float32)
     return lambda: host.swiglu(x, x)
 
 

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlhf_kernels.engine import budget
+from rlhf_kernels import cli
+from rlhf_kernels.engine import budget, store
 from rlhf_kernels.engine.budget import callgrind, cuda, machine, triton_kernels
 from rlhf_kernels.engine.budget.ledger import Ledger, excess
 from rlhf_kernels.engine.budget.measured import CSRC, Measured
+from rlhf_kernels.engine.compare import compare
 from rlhf_kernels.engine.spec import load_specs
 from rlhf_kernels.runtime import native
 
@@ -133,6 +135,46 @@ def test_more_instructions_are_found(planted, monkeypatch):
     assert more["status"] == "incorrect"
     assert again["instructions"] < more["instructions"] < again["instructions"] * 1.01
     assert more["reason"] == f"instructions {more['instructions']}, budget {again['instructions']}"
+
+
+def test_two_percent_more_instructions_are_found_between_results(planted, monkeypatch, tmp_path, capsys):
+    _needs("host")
+    words = ["budget", "--specs", "planted_kernels", "--kind", "host", "--budgets", str(tmp_path)]
+    for name, more in (("base", "0"), ("again", "0"), ("head", "6")):
+        monkeypatch.setenv("PLANTED_MORE", more)
+        assert cli.main([*words, "--out", str(tmp_path / f"{name}.jsonl")]) == 1, "no budget is recorded"
+    results = {name: str(tmp_path / f"{name}.jsonl") for name in ("base", "again", "head")}
+    assert cli.main(["compare", results["base"], results["again"]]) == 0
+    capsys.readouterr()
+    assert cli.main(["compare", results["base"], results["head"], "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    base, head = row["figures"]["instructions"]
+    assert 1.02 < head / base < 1.03
+    assert (row["verdict"], row["reason"]) == ("slower", f"instructions {base} -> {head}")
+    (run,), _ = store.read(Path(results["head"]))
+    assert run.fingerprint["tools"]["host"] == callgrind.tool()
+    assert cli.main([*words, "--update", "--quiet"]) == 0
+    assert (tmp_path / "planted.json").exists(), "budgets of one's own, in a place of one's own"
+
+
+def test_planted_faults_are_found_between_results(planted):
+    """What budget says of a healthy kernel against a spill, a lost HGMMA and narrowed loads, as results."""
+    _needs("triton")
+    rows = {row["case"]: budget.stored(row) for row in planted(kinds=["triton"], targets=["sm_90"])}
+    tools = {"tools": budget.tools()}
+
+    def verdict(good, bad):
+        now = replace(rows[bad], case=good)
+        report = compare([store.Run("", tools, [rows[good]])], [store.Run("", tools, [now])])
+        return report.rows[0].verdict, report.rows[0].reason
+
+    for bad, figure in (("spills", "spills 0 -> "), ("lost_hgmma", "tensor_core "), ("aborts", "died")):
+        called, why = verdict("healthy", bad)
+        assert called == ("missing" if bad == "aborts" else "slower")
+        assert figure in why
+    called, why = verdict("aligned", "unaligned")
+    assert called == "slower"
+    assert "narrow_loads 0 -> " in why
 
 
 def test_counts_leave_out_what_is_called():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_kernels import cli
-from rlhf_kernels.engine import campaign, commands, roofs, store, table
+from rlhf_kernels.engine import baselines, campaign, commands, roofs, store, table
 from rlhf_kernels.engine.conditions import WorkerError
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.runtime import dispatch, native, tuned
@@ -171,6 +171,20 @@ def test_bench_json_and_store(run, known_roofs, tmp_path):
     assert wrong["median_us"] is None
     (kept,), _ = store.read(tmp_path / "a.jsonl")
     assert len(kept.rows) == len(result["rows"])
+
+
+@needs_native
+def test_bench_keeps_repeated_runs_as_a_baseline(run, known_roofs, tmp_path):
+    words = ["bench", "planted_double", *PLANTED, "--tier", "smoke", *QUICK, "--out", tmp_path / "a.jsonl"]
+    code, out, err = run(*words, "--runs", "2", "--processes", "1", "--save-baseline", "main", "--json")
+    assert code == 0, err
+    assert "baseline main: 2 runs kept in" in err
+    runs, _ = baselines.load("main")
+    assert len(runs) == len(store.read(tmp_path / "a.jsonl")[0]) == 2
+    assert runs[0].session == runs[1].session
+    assert all(row.bytes for run in runs for row in run.rows)
+    (row,) = [row for row in json.loads(out)["rows"] if row["impl"] == "native" and row["bytes"]]
+    assert row["samples_us"] == [one for run in runs for one in run.rows[1].samples_us]
 
 
 @needs_native

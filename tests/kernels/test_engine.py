@@ -1,19 +1,23 @@
 """The engine measures fairly, shows no time of what is wrong, and what it keeps can be read again."""
 
+import argparse
 import itertools
 import json
 import multiprocessing
+import resource
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from rlhf_kernels.engine import conditions, implementations, roofs, stats, store
+from rlhf_kernels.engine import commands, conditions, implementations, roofs, stats, store
 from rlhf_kernels.engine.bench import Bench, merged
 from rlhf_kernels.engine.clock import Contender, CpuClock, Limits, clock_for, measure
 from rlhf_kernels.engine.memory import peak_bytes
 from rlhf_kernels.engine.row import Row
+from rlhf_kernels.engine.select import UsageError
 from rlhf_kernels.engine.spec import Cost, load_specs
 from rlhf_kernels.ops.swiglu.spec import SPECS
 from rlhf_kernels.runtime import native
@@ -235,6 +239,29 @@ def test_store_appends_and_survives_a_torn_line(tmp_path):
     path.write_text(json.dumps(_run("x").header() | {"schema": 99}))
     with pytest.raises(ValueError, match=r"holds schema 99.*upgrade"):
         store.read(path)
+
+
+def test_a_full_disk_leaves_the_file_whole(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.jsonl"
+    store.append(path, _run("first"))
+    whole = path.read_bytes()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    args = argparse.Namespace(out=path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(UsageError, match=r"results.jsonl: File too large; the 1 rows are printed above"):
+            commands.write(args, _run("second"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+    assert path.read_bytes() == whole
+    assert json.loads(capsys.readouterr().out)[0]["command"] == "second"
+    path.unlink()
+    path.mkdir()  # what cannot be opened either
+    with pytest.raises(UsageError, match=r"Is a directory; the 1 rows are kept in .*rlhf-kernels-.*jsonl"):
+        commands.write(args, _run("third"))
+    (kept,) = tmp_path.glob("rlhf-kernels-*.jsonl")
+    assert store.read(kept)[0][0].command == "third"
 
 
 def _append_often(path, name):

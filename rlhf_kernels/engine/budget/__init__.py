@@ -12,13 +12,14 @@ Nothing is timed or run on a GPU: a kernel within its budget may still be slow o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_kernels.engine.budget import callgrind, cuda, triton_kernels
-from rlhf_kernels.engine.budget.ledger import DIRECTORY, Ledger, excess, note_in_changelog
+from rlhf_kernels.engine.budget.ledger import DIRECTORY, EXACT, MOST, Ledger, excess, note_in_changelog
 from rlhf_kernels.engine.budget.measured import CSRC, ROOT, Measured
+from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.select import known, select_ops
 from rlhf_kernels.engine.spec import TARGETS as GPU_TARGETS
 from rlhf_kernels.engine.spec import OpSpec, load_specs
@@ -62,7 +63,7 @@ def run(
     chosen = select_ops(specs, ops)
     targets = known("target", targets, TARGETS) or list(TARGETS)
     kinds = known("kind", kinds, KINDS) or list(KINDS)
-    if update and not CSRC.is_dir():
+    if update and directory == DIRECTORY and not CSRC.is_dir():
         raise ValueError("budgets are updated in a checkout of the sources, and this is an installed package")
     tools = {kind: KINDS[kind].tool() for kind in kinds if KINDS[kind].missing() is None}
     measured = [one for kind in kinds for one in _measure(kind, chosen, targets, package)]
@@ -97,6 +98,22 @@ def exit_code(rows: Iterable[dict[str, Any]]) -> int:
     if statuses & {"error", "incorrect"}:
         return 2 if "error" in statuses else 1
     return 3 if any("recorded_with" in row for row in rows) else 0
+
+
+def tools() -> dict[str, str]:
+    """The compilers here, by kind of kernel: what figures are compared under."""
+    return {kind: one.tool() for kind, one in KINDS.items() if one.missing() is None}
+
+
+def stored(row: Mapping[str, Any]) -> Row:
+    """A row of `run` as results are kept: figures apart from what is shown beside them."""
+    names = {"op", "impl", "case", "device", "status", "reason"}
+    figures = {name: row[name] for name in (*MOST, *EXACT) if name in row}
+    rest = set(row) - names - set(figures)
+    return Row(
+        **{name: row[name] for name in names}, dtype="", direction="", figures=figures,
+        notes={name: row[name] for name in sorted(rest)},
+    )  # fmt: skip
 
 
 def _measure(kind: str, specs: list[OpSpec], targets: list[str], package: str) -> list[Measured]:
