@@ -1,0 +1,172 @@
+"""Each replacement in a patched stack against the stack's own function: outputs, gradients, time, memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.engine.clock import Contender, Limits, clock_for, measure
+from rlhf_kernels.engine.memory import peak_bytes
+from rlhf_kernels.stacks import patching
+from rlhf_kernels.stacks.rebind import Call, Rebinding, Target
+
+TOLERANCE = 1e-5  # float32, relative to the largest element of each output and gradient
+
+
+@dataclass
+class PatchRow:
+    """One function of a stack: what was found about its replacement. No time where it is not `ok`.
+
+    `status` is ok, incorrect, left (with its reason) or unavailable. `chosen` says whether `patch` takes it
+    on this machine without being asked by name.
+    """
+
+    target: str
+    version: str
+    name: str
+    op: str
+    device: str
+    status: str
+    chosen: bool = False
+    reason: str | None = None
+    error: float | None = None
+    tolerance: float = TOLERANCE
+    before_us: float | None = None
+    after_us: float | None = None
+    speedup: float | None = None
+    before_bytes: int | None = None
+    after_bytes: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def run(function: Any, call: Call) -> list[Tensor]:
+    """The outputs of a call, then the gradients of all leaves under fixed upstream gradients."""
+    torch.manual_seed(0)  # generation draws
+    found = call.invoke(function, *call.args, **call.kwargs)
+    outputs = [t for t in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(t, Tensor)]
+    taken = [o if call.real is None else o[call.real] for o in outputs]
+    differentiable = [t for t in taken if t.requires_grad]
+    modules = [a for a in call.args if isinstance(a, torch.nn.Module)]
+    leaves = [a for a in call.args if isinstance(a, Tensor) and a.requires_grad]
+    leaves += [p for module in modules for p in module.parameters() if p.requires_grad]
+    if not differentiable or not leaves:
+        return taken
+    torch.manual_seed(1)
+    # Not randn_like, which fills by strides: the two may lie differently in memory.
+    upstream = [torch.randn(t.shape, dtype=t.dtype).to(t.device) for t in differentiable]
+    gradients = torch.autograd.grad(differentiable, leaves, upstream, allow_unused=True)
+    return [t.detach() for t in taken] + [torch.zeros(()) if g is None else g for g in gradients]
+
+
+def difference(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
+    """The largest difference relative to a tensor's largest element; inf where NaN or shapes differ."""
+    if len(theirs) != len(ours):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(theirs, ours):
+        if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.isfinite(), b.isfinite()):
+            return float("inf")
+        a, b = a.double().nan_to_num(0, 0, 0), b.double().nan_to_num(0, 0, 0)
+        if a.numel():
+            scale = float(a.abs().max())
+            gap = float((a - b).abs().max())
+            worst = max(worst, gap if scale == 0 else gap / scale)
+    return worst
+
+
+def functions(rebinding: Rebinding) -> tuple[Any, Any] | None:
+    """The stack's function, from its source where it cannot be imported, and ours; None: it is not there."""
+    try:
+        module = importlib.import_module(rebinding.place.partition(":")[0])
+    except Exception:  # whatever a foreign import may raise
+        if rebinding.source is None:
+            raise
+        original = rebinding.source()
+    else:
+        found = patching.look_up(rebinding.place, module)
+        if found is None:
+            return None
+        original = getattr(*found)
+    return original, rebinding.make(original)
+
+
+def check(
+    target: Target,
+    *,
+    only: Sequence[str] | None = None,
+    allow_untested: bool = False,
+    seconds: float = 1.0,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[PatchRow]:
+    """A row for each function that `patch` could replace on this machine, whether it would or not.
+
+    Raises:
+        PatchError, ValueError: as `patch`.
+    """
+    wanted = patching.select(target, only)
+    version = patching.version_of(target, allow_untested)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for rebinding in wanted:
+        if not rebinding.fits(version, target):
+            continue
+        progress(rebinding.name)
+        row = PatchRow(target.name, version, rebinding.name, rebinding.op, device, "ok")
+        row.reason = patching.left_alone(rebinding)
+        row.chosen = row.reason is None
+        _examine(row, rebinding, device, seconds)
+        rows.append(row)
+    for name, why in target.untouched.items():
+        rows.append(PatchRow(target.name, version, name, "", device, "left", reason=why))
+    return rows
+
+
+def _examine(row: PatchRow, rebinding: Rebinding, device: str, seconds: float) -> None:
+    try:
+        found = functions(rebinding)
+    except Exception as error:  # whatever a foreign import may raise
+        row.status, row.reason, row.chosen = "unavailable", f"{type(error).__name__}: {error}", False
+        return
+    if found is None:
+        row.status, row.reason = "unavailable", f"this version has no {rebinding.place.replace(':', '.')}"
+        return
+    theirs, ours = found
+    for large in (False, True):
+        call = moved(rebinding.call(large), device)
+        if rebinding.chosen:
+            error = difference(run(theirs, call), run(ours, call))
+            row.error = max(row.error or 0.0, error)
+    if row.error is not None and not row.error <= TOLERANCE:
+        row.status = "incorrect"
+        row.reason = f"differs by {row.error:.1e} relative, allowed is {TOLERANCE:.0e}"
+        return
+    contenders = [Contender("before", lambda: run(theirs, call)), Contender("after", lambda: run(ours, call))]
+    place = torch.device(device)
+    samples = measure(contenders, clock_for(place), Limits(seconds=seconds, precision=0.03, warmup=0.3))
+    before, after = (median(samples[name]) for name in ("before", "after"))
+    row.before_us, row.after_us, row.speedup = before * 1e6, after * 1e6, before / after
+    row.before_bytes, row.after_bytes = (peak_bytes(c.call, place) for c in contenders)
+
+
+def moved(call: Call, device: str) -> Call:
+    """The call with its tensors and modules on a device."""
+    if device == "cpu":
+        return call
+    args = []
+    for arg in call.args:
+        if isinstance(arg, Tensor):
+            arg = arg.detach().to(device).requires_grad_(arg.requires_grad)
+        elif isinstance(arg, torch.nn.Module):
+            arg = arg.to(device)
+        args.append(arg)
+    real = None if call.real is None else call.real.to(device)
+    return call._replace(args=tuple(args), real=real)
