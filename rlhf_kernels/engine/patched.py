@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_kernels.engine.clock import Contender, Limits, clock_for, measure
 from rlhf_kernels.engine.memory import peak_bytes
-from rlhf_kernels.stacks import patching
+from rlhf_kernels.stacks import patching, slots
 from rlhf_kernels.stacks.rebind import Call, Rebinding, Target
 
 TOLERANCE = 1e-5  # float32, relative to the largest element of each output and gradient
@@ -92,10 +92,11 @@ def functions(rebinding: Rebinding) -> tuple[Any, Any] | None:
             raise
         original = rebinding.source()
     else:
-        found = patching.look_up(rebinding.place, module)
+        found = slots.look_up(rebinding.place, module)
         if found is None:
             return None
-        original = getattr(*found)
+        owner, key = found
+        original = owner[key] if isinstance(owner, dict) else getattr(owner, key)
     return original, rebinding.make(original)
 
 

@@ -9,11 +9,8 @@ than the known, it is left. Names that your own code has imported before stay wh
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
-import inspect
-import sys
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -24,12 +21,12 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_kernels.runtime import dispatch
-from rlhf_kernels.stacks import STACKS
+from rlhf_kernels.stacks import STACKS, slots
 from rlhf_kernels.stacks.peer import installed_version, search_paths_active
 from rlhf_kernels.stacks.rebind import Rebinding, Target
+from rlhf_kernels.stacks.slots import Slot
 
-_ABSENT = object()
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
 _active: dict[str, Patched] = {}  # place -> by whom it is replaced
 
 
@@ -44,37 +41,6 @@ class Replaced(NamedTuple):
     op: str
     place: str
     holders: tuple[str, ...]  # everywhere it was rebound
-
-
-class _Slot(NamedTuple):
-    """An attribute of a module or class, or an item of a dictionary, and what it was."""
-
-    label: str
-    holder: Any
-    key: Any
-    before: Any
-    ours: Any
-
-    def put(self, value: Any) -> None:
-        if isinstance(self.holder, dict):
-            self.holder[self.key] = value
-        else:
-            setattr(self.holder, self.key, value)
-
-    def now(self) -> Any:
-        return (self.holder if isinstance(self.holder, dict) else vars(self.holder)).get(self.key, _ABSENT)
-
-    def restore(self) -> str | None:
-        """Puts back what was there; says so where it is no longer ours to take away."""
-        if self.now() is not self.ours:
-            return f"{self.label} was replaced by other code meanwhile and stays as it is"
-        if self.before is not _ABSENT:
-            self.put(self.before)
-        elif isinstance(self.holder, dict):
-            del self.holder[self.key]
-        else:
-            delattr(self.holder, self.key)
-        return None
 
 
 class Patched:
@@ -93,8 +59,8 @@ class Patched:
         self.replaced: list[Replaced] = []
         self.left: dict[str, str] = dict(target.untouched)
         self._root = target.root
-        self._backend = backend
-        self._slots: list[_Slot] = []
+        self.backend = backend
+        self.slots: list[Any] = []  # each with a `restore`
         self._pairs: list[tuple[Any, Any]] = []  # (the stack's, ours)
 
     def __enter__(self) -> Patched:
@@ -115,45 +81,46 @@ class Patched:
         Code of the stack that was imported meanwhile gets the original too. Warns where other code has
         replaced what we had put in.
         """
-        with _LOCK:
-            for slot in reversed(self._slots):
+        with LOCK:
+            for slot in reversed(self.slots):
                 if complaint := slot.restore():
                     warnings.warn(f"undo(): {complaint}", stacklevel=2)
             for original, ours in self._pairs:
-                for slot in _held(self._root, ours, original):
+                for slot in slots.held(self._root, ours, original):
                     slot.put(original)
             for place in [place for place, owner in _active.items() if owner is self]:
                 del _active[place]
-            self._slots, self._pairs, self.replaced = [], [], []
+            self.slots, self._pairs, self.replaced = [], [], []
 
     def _replace(self, rebinding: Rebinding, module: ModuleType) -> None:
         """Rebinds one function wherever the stack holds it, or notes why not."""
-        found = look_up(rebinding.place, module)
+        found = slots.look_up(rebinding.place, module)
         if found is None:
             self.left[rebinding.name] = f"this version has no {rebinding.place.replace(':', '.')}"
             return
         if any(one.place == rebinding.place for one in self.replaced):
             return  # the first whose signature is the stack's has taken it
         owner, key = found
-        stored = vars(owner)[key]
-        original = getattr(owner, key)
+        stored = slots.attributes(owner)[key]
+        original = stored if isinstance(owner, dict) else getattr(owner, key)
         ours = rebinding.make(original)
-        if complaint := _other_signature(original, ours):
+        if complaint := slots.other_signature(original, ours):
             self.left[rebinding.name] = complaint
             return
-        if self._backend:
-            ours = _on(self._backend, ours)
-        slots = [_Slot(rebinding.place, owner, key, stored, ours)]
+        if self.backend:
+            ours = slots.on(self.backend, ours)
+        taken = [Slot(rebinding.place, owner, key, stored, ours)]
         if isinstance(owner, ModuleType):
-            slots += [s for s in _held(self._root, original, ours) if (s.holder, s.key) != (owner, key)]
+            elsewhere = slots.held(self._root, original, ours)
+            taken += [s for s in elsewhere if not (s.holder is owner and s.key == key)]
         for registry in rebinding.registries:
-            slots += _held_in(registry, original, ours)
-        for slot in slots:
+            taken += slots.held_in(registry, original, ours)
+        for slot in taken:
             slot.put(ours)
-            self._slots.append(slot)
+            self.slots.append(slot)
         if isinstance(owner, ModuleType):
             self._pairs.append((original, ours))
-        holders = tuple(slot.label for slot in slots)
+        holders = tuple(slot.label for slot in taken)
         self.left.pop(rebinding.name, None)
         self.replaced.append(Replaced(rebinding.name, rebinding.op, rebinding.place, holders))
         _active[rebinding.place] = self
@@ -167,7 +134,7 @@ def targets() -> dict[str, Target]:
 
 
 def patch(
-    target: str,
+    target: str | torch.nn.Module,
     *,
     only: Iterable[str] | None = None,
     backend: str | None = None,
@@ -176,7 +143,8 @@ def patch(
     """Replaces functions of an installed stack by ours that compute the same, faster or in less memory.
 
     Args:
-        target: "verl", "openrlhf", "trl" or "palm_rlhf_pytorch".
+        target: "transformers", "trl", "verl", "openrlhf" or "palm_rlhf_pytorch"; or a causal model of
+            transformers, which then is patched alone.
         only: names of what to replace, as `Patched` lists them. None means all that pay on this machine and
             keep the stack's results; what is named here is replaced in any case.
         backend: runs the forward of the replacements on this backend, as `rlhf_kernels.backend` does.
@@ -191,12 +159,17 @@ def patch(
         PatchError: the stack is not installed or cannot be imported, its version was not checked, or it is
             patched already.
     """
-    declared = find(target)
+    single = isinstance(target, torch.nn.Module)
+    declared = find("transformers" if single else target)
     wanted = select(declared, only)
     if backend is not None and backend not in dispatch.BACKENDS:
         raise ValueError(
             f"patch(): unknown backend {backend!r}: expected one of {', '.join(dispatch.BACKENDS)}"
         )
+    if single:
+        from rlhf_kernels.stacks.instances import patch_model
+
+        return patch_model(target, only, backend, allow_untested, wanted)
     version = version_of(declared, allow_untested)
     wanted = [r for r in wanted if r.fits(version, declared)]
     patched = Patched(declared, version, backend)
@@ -205,8 +178,8 @@ def patch(
     if not any(modules):
         why = patched.left[wanted[0].name] if wanted else f"version {version} has no such function"
         raise PatchError(f"patch({target!r}): nothing can be replaced: {why}")
-    with _LOCK:
-        _refuse_double(target, wanted)
+    with LOCK:
+        refuse_double(target, wanted)
         try:
             for rebinding, module in zip(wanted, modules):
                 why = None if only is not None else left_alone(rebinding, backend)
@@ -220,7 +193,8 @@ def patch(
     return patched
 
 
-def _refuse_double(target: str, wanted: Sequence[Rebinding]) -> None:
+def refuse_double(target: str, wanted: Sequence[Rebinding]) -> None:
+    """PatchError where one of these is replaced already."""
     held = dict.fromkeys(r.name for r in wanted if r.place in _active)
     if held:
         raise PatchError(
@@ -230,8 +204,9 @@ def _refuse_double(target: str, wanted: Sequence[Rebinding]) -> None:
 
 
 def find(name: Any) -> Target:
+    """The stack of that name. ValueError or TypeError where there is none."""
     if not isinstance(name, str):
-        raise TypeError(f"patch(): expected the name of a stack, got {type(name).__name__}")
+        raise TypeError(f"patch(): expected the name of a stack or a model, got {type(name).__name__}")
     known = targets()
     if name not in known:
         raise ValueError(f"patch(): unknown target {name!r}: expected one of {', '.join(known)}")
@@ -239,6 +214,7 @@ def find(name: Any) -> Target:
 
 
 def select(target: Target, only: Iterable[str] | None) -> list[Rebinding]:
+    """The rebindings of these names, all where `only` is None. ValueError for an unknown name."""
     if only is None:
         return list(target.rebindings)
     names = [only] if isinstance(only, str) else list(only)
@@ -265,6 +241,7 @@ def left_alone(rebinding: Rebinding, backend: str | None = None) -> str | None:
 
 
 def version_of(target: Target, allow_untested: bool) -> str:
+    """The installed version. PatchError where there is none, or one that was not checked."""
     where = _folder(target.root)
     version = None if where is None else installed_version(target.package, where)
     if where is None:
@@ -301,74 +278,7 @@ def _module(rebinding: Rebinding, patched: Patched) -> ModuleType | None:
         return None
 
 
-def look_up(place: str, module: ModuleType) -> tuple[Any, str] | None:
-    """The object that holds the attribute of a place, and its name; None where it is not there."""
-    *path, key = place.partition(":")[2].split(".")
-    owner: Any = module
-    for part in path:
-        owner = getattr(owner, part, None)
-    return (owner, key) if owner is not None and key in vars(owner) else None
-
-
-def _held(root: str, what: Any, ours: Any) -> list[_Slot]:
-    """The attributes of a stack's modules that are this very object."""
-    found = []
-    for name, module in sys.modules.copy().items():
-        if (name == root or name.startswith(f"{root}.")) and isinstance(module, ModuleType):
-            for key, value in vars(module).copy().items():
-                if value is what:
-                    found.append(_Slot(f"{name}:{key}", module, key, what, ours))
-    return found
-
-
-def _held_in(registry: str, what: Any, ours: Any) -> list[_Slot]:
-    """The items of a stack's dictionary that are this very object."""
-    module = sys.modules.get(registry.partition(":")[0])
-    found = look_up(registry, module) if module is not None else None
-    if found is None:
-        return []
-    table = getattr(*found)
-    return [
-        _Slot(f"{registry}[{key!r}]", table, key, what, ours)
-        for key, value in dict(table).items()
-        if value is what
-    ]
-
-
-def _other_signature(original: Any, ours: Any) -> str | None:
-    """What differs between the parameters of two functions; None for the same, and for what hides them."""
-    theirs, own = _parameters(original), _parameters(ours)
-    if theirs is None or theirs == own:
-        return None
-    words = [", ".join(name for name, _, _ in side) for side in (theirs, own or ())]
-    return f"its parameters are ({words[0]}), known are ({words[1]}) or other defaults"
-
-
-def _parameters(function: Any) -> list[tuple[str, Any, Any]] | None:
-    """Name, kind and default of each; of an autograd.Function those of its `apply`. None: not to be known."""
-    if isinstance(function, type):
-        is_autograd = issubclass(function, torch.autograd.Function)
-        found = _parameters(function.forward if is_autograd else function.apply)
-        return found[1:] if found and is_autograd else found
-    found = [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
-    hidden = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    return None if hidden <= {kind for _, kind, _ in found} else found
-
-
-def _on(backend: str, function: Any) -> Any:
-    """The same, its forward on one backend."""
-    if isinstance(function, type):
-        return type(function.__name__, (function,), {"apply": staticmethod(_on(backend, function.apply))})
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with dispatch.backend(backend):
-            return function(*args, **kwargs)
-
-    return run
-
-
 def active() -> Sequence[Patched]:
     """The patches that hold now."""
-    with _LOCK:
+    with LOCK:
         return list(dict.fromkeys(_active.values()))

@@ -203,7 +203,7 @@ def _our_gae(original: Any) -> Any:
 
 
 def whitening(original: Any) -> Any:
-    """verl's and TRL's masked_whiten by ours; with fewer than two real elements theirs raises or gives NaN."""
+    """verl's and TRL's masked_whiten by ours; with fewer than two real ones theirs raises or gives NaN."""
     from rlhf_kernels import NORMALIZE_PRESETS, masked_normalize
 
     def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import rlhf_kernels
 from rlhf_kernels import stacks
 from rlhf_kernels.engine import patched as comparison
-from rlhf_kernels.stacks import patching
+from rlhf_kernels.stacks import patching, slots
 
 stacks.activate()
 VERL = patching.targets()["verl"]
@@ -151,13 +151,13 @@ def test_a_failure_halfway_leaves_nothing_replaced(monkeypatch):
     def fails(original, ours):
         raise RuntimeError("halfway")
 
-    real, calls = patching._other_signature, []
+    real, calls = slots.other_signature, []
 
     def third_time(original, ours):
         calls.append(ours)
         return fails(original, ours) if len(calls) == 3 else real(original, ours)
 
-    monkeypatch.setattr(patching, "_other_signature", third_time)
+    monkeypatch.setattr(slots, "other_signature", third_time)
     with pytest.raises(RuntimeError, match="halfway"):
         rlhf_kernels.patch("verl")
     assert all(before[place] is value for place, value in _attributes().items())

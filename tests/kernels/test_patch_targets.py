@@ -11,7 +11,7 @@ import torch
 import rlhf_kernels
 from rlhf_kernels import stacks
 from rlhf_kernels.engine import patched as comparison
-from rlhf_kernels.stacks import patching
+from rlhf_kernels.stacks import patching, slots
 
 stacks.activate()
 TARGETS = patching.targets()
@@ -110,7 +110,7 @@ def test_patch_replaces_what_it_lists_and_undoes_it(target):
         assert patched.replaced
         held = []
         for one in patched.replaced:
-            owner, key = patching.look_up(one.place, importlib.import_module(one.place.split(":")[0]))
-            held.append((owner, key, vars(owner)[key]))
+            owner, key = slots.look_up(one.place, importlib.import_module(one.place.split(":")[0]))
+            held.append((owner, key, slots.attributes(owner)[key]))
     for owner, key, ours in held:
-        assert vars(owner)[key] is not ours
+        assert slots.attributes(owner)[key] is not ours
