@@ -3,6 +3,7 @@
 Importing this needs torch alone. `explain("gae")` says which backend runs an op here and why.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from rlhf_kernels.ops.advantage import gae, token_advantages
@@ -54,3 +55,9 @@ def __getattr__(name: str) -> Any:
     from rlhf_kernels.stacks import patching
 
     return getattr(patching, name)
+
+
+if os.environ.get("RLHF_KERNELS_PATCH"):
+    from rlhf_kernels.stacks.workers import from_environment
+
+    from_environment(os.environ)

@@ -21,10 +21,11 @@ TOLERANCE = 1e-5  # float32, relative to the largest element of each output and 
 
 @dataclass
 class PatchRow:
-    """One function of a stack: what was found about its replacement. No time where it is not `ok`.
+    """One function of a stack, and what was found about its replacement. What is incorrect has no time.
 
-    `status` is ok, incorrect, left (with its reason) or unavailable. `chosen` says whether `patch` takes it
-    on this machine without being asked by name.
+    `status` is ok, incorrect, left or unavailable, the last three with their reason. `chosen` says whether
+    `patch` replaces it on this machine without being asked by name. Times are of forward and backward, bytes
+    the most that is held at once.
     """
 
     target: str
@@ -105,57 +106,79 @@ def check(
     *,
     only: Sequence[str] | None = None,
     allow_untested: bool = False,
-    seconds: float = 1.0,
-    progress: Callable[[str], None] = lambda name: None,
+    seconds: float | None = 1.0,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
 ) -> list[PatchRow]:
     """A row for each function that `patch` could replace on this machine, whether it would or not.
+
+    Args:
+        target: the stack.
+        only: names of its functions; None for all.
+        allow_untested: also of a version that was not checked.
+        seconds: for the times of one function; None compares nothing and measures nothing.
+        progress: is told (done, of, what next).
 
     Raises:
         PatchError, ValueError: as `patch`.
     """
-    wanted = patching.select(target, only)
     version = patching.version_of(target, allow_untested)
+    wanted = [one for one in patching.select(target, only) if one.fits(version, target)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    for rebinding in wanted:
-        if not rebinding.fits(version, target):
-            continue
-        progress(rebinding.name)
-        row = PatchRow(target.name, version, rebinding.name, rebinding.op, device, "ok")
-        row.reason = patching.left_alone(rebinding)
-        row.chosen = row.reason is None
+    for number, rebinding in enumerate(wanted):
+        progress(number, len(wanted), rebinding.name)
+        why = patching.left_alone(rebinding)
+        row = PatchRow(target.name, version, rebinding.name, rebinding.op, device, "left" if why else "ok")
+        row.reason, row.chosen = why, why is None
         _examine(row, rebinding, device, seconds)
         rows.append(row)
-    for name, why in target.untouched.items():
-        rows.append(PatchRow(target.name, version, name, "", device, "left", reason=why))
+    progress(len(wanted), len(wanted), "")
+    if only is None:
+        rows += [
+            PatchRow(target.name, version, name, "", device, "left", reason=why)
+            for name, why in target.untouched.items()
+        ]
     return rows
 
 
-def _examine(row: PatchRow, rebinding: Rebinding, device: str, seconds: float) -> None:
+def summary(target: Target) -> dict[str, Any]:
+    """A stack that `patch` knows: the versions that were checked, and the installed one."""
+    folder = patching._folder(target.root)
+    return {
+        "target": target.name,
+        "package": target.package,
+        "checked": list(target.checked),
+        "installed": None if folder is None else patching.installed_version(target.package, folder),
+        "functions": list(dict.fromkeys(rebinding.name for rebinding in target.rebindings)),
+    }
+
+
+def _examine(row: PatchRow, rebinding: Rebinding, device: str, seconds: float | None) -> None:
+    """Fills in the row; a function that is left is measured too, which shows why it is."""
     try:
         found = functions(rebinding)
     except Exception as error:  # whatever a foreign import may raise
         row.status, row.reason, row.chosen = "unavailable", f"{type(error).__name__}: {error}", False
         return
     if found is None:
-        row.status, row.reason = "unavailable", f"this version has no {rebinding.place.replace(':', '.')}"
+        place = rebinding.place.replace(":", ".")
+        row.status, row.reason, row.chosen = "unavailable", f"this version has no {place}", False
+        return
+    if seconds is None or not rebinding.chosen:
         return
     theirs, ours = found
-    for large in (False, True):
-        call = moved(rebinding.call(large), device)
-        if rebinding.chosen:
-            error = difference(run(theirs, call), run(ours, call))
-            row.error = max(row.error or 0.0, error)
-    if row.error is not None and not row.error <= TOLERANCE:
-        row.status = "incorrect"
+    calls = [moved(rebinding.call(large), device) for large in (False, True)]
+    row.error = max(difference(run(theirs, call), run(ours, call)) for call in calls)
+    if not row.error <= TOLERANCE:
+        row.status, row.chosen = "incorrect", False
         row.reason = f"differs by {row.error:.1e} relative, allowed is {TOLERANCE:.0e}"
         return
+    call, place = calls[1], torch.device(device)
     contenders = [Contender("before", lambda: run(theirs, call)), Contender("after", lambda: run(ours, call))]
-    place = torch.device(device)
     samples = measure(contenders, clock_for(place), Limits(seconds=seconds, precision=0.03, warmup=0.3))
     before, after = (median(samples[name]) for name in ("before", "after"))
     row.before_us, row.after_us, row.speedup = before * 1e6, after * 1e6, before / after
-    row.before_bytes, row.after_bytes = (peak_bytes(c.call, place) for c in contenders)
+    row.before_bytes, row.after_bytes = (peak_bytes(one.call, place) for one in contenders)
 
 
 def moved(call: Call, device: str) -> Call:

@@ -92,8 +92,8 @@ class Patched:
                 del _active[place]
             self.slots, self._pairs, self.replaced = [], [], []
 
-    def _replace(self, rebinding: Rebinding, module: ModuleType) -> None:
-        """Rebinds one function wherever the stack holds it, or notes why not."""
+    def replace(self, rebinding: Rebinding, module: ModuleType) -> None:
+        """Under LOCK: rebinds one function wherever the stack holds it, or notes why not."""
         found = slots.look_up(rebinding.place, module)
         if found is None:
             self.left[rebinding.name] = f"this version has no {rebinding.place.replace(':', '.')}"
@@ -186,7 +186,7 @@ def patch(
                 if why is not None:
                     patched.left.setdefault(rebinding.name, why)
                 elif module is not None:
-                    patched._replace(rebinding, module)
+                    patched.replace(rebinding, module)
         except BaseException:
             patched.undo()
             raise

@@ -141,7 +141,7 @@ def logits_and_labels(large: bool, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 def left_padded(large: bool, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards and values [B, T] and a mask with padding before, after and in the middle of a row."""
     generator = torch.Generator().manual_seed(seed)
-    batch, time = (64, 1024) if large else (5, 19)
+    batch, time = (256, 1024) if large else (5, 19)
     rewards, values = torch.randn(2, batch, time, generator=generator)
     mask = torch.ones(batch, time, dtype=torch.bool)
     for row in range(batch):
