@@ -228,7 +228,7 @@ def _palm(large: bool, **options: Any) -> Any:
     from palm_rlhf_pytorch import PaLM
 
     torch.manual_seed(0)
-    size = {"dim": 256, "depth": 4} if large else {"dim": 16, "depth": 2, "dim_head": 8, "heads": 2}
+    size = {"dim": 128, "depth": 2} if large else {"dim": 16, "depth": 2, "dim_head": 8, "heads": 2}
     model = PaLM(num_tokens=256, **size, **options)
     model.add_finetune_params("actor")
     for parameter in model.finetune_modules.parameters():
@@ -239,13 +239,13 @@ def _palm(large: bool, **options: Any) -> Any:
 def _generate_call(large: bool) -> Call:
     prompt = torch.randint(256, (4 if large else 2, 8), generator=torch.Generator().manual_seed(1))
     options = {"prompt": prompt, "finetune_scope": "actor", "temperature": 0.8, "eos_token": 7}
-    return Call((_palm(large), 96 if large else 24), options)
+    return Call((_palm(large), 64 if large else 24), options)
 
 
 def _attend_call(large: bool) -> Call:
     from palm_rlhf_pytorch.attention import Attention
 
-    shape = (4, 8, 512, 64) if large else (2, 3, 17, 8)
+    shape = (2, 8, 256, 64) if large else (2, 3, 17, 8)
     q = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     k, v = torch.randn(2, shape[0], *shape[2:], generator=torch.Generator().manual_seed(1))
     return Call((Attention(causal=True), q, k.requires_grad_(), v.requires_grad_()))
@@ -254,7 +254,7 @@ def _attend_call(large: bool) -> Call:
 def _rotary_call(large: bool) -> Call:
     from palm_rlhf_pytorch.palm import RotaryEmbedding
 
-    shape = (4, 8, 512, 64) if large else (2, 3, 17, 8)
+    shape = (2, 8, 256, 64) if large else (2, 3, 17, 8)
     positions, scale = RotaryEmbedding(shape[-1])(shape[2], "cpu")
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     return Call((positions, x, scale))

@@ -133,7 +133,7 @@ def picks_tokens(logits: Any, labels: Any) -> bool:
 def logits_and_labels(large: bool, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """[B, T, V] random logits that require a gradient and [B, T] tokens."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (4, 64, 50257) if large else (3, 7, 131)
+    shape = (2, 64, 50257) if large else (3, 7, 131)
     logits = torch.randn(shape, generator=generator).mul_(2).requires_grad_()
     return logits, torch.randint(shape[-1], shape[:-1], generator=generator)
 
@@ -141,7 +141,7 @@ def logits_and_labels(large: bool, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 def left_padded(large: bool, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards and values [B, T] and a mask with padding before, after and in the middle of a row."""
     generator = torch.Generator().manual_seed(seed)
-    batch, time = (256, 1024) if large else (5, 19)
+    batch, time = (64, 1024) if large else (5, 19)
     rewards, values = torch.randn(2, batch, time, generator=generator)
     mask = torch.ones(batch, time, dtype=torch.bool)
     for row in range(batch):

@@ -149,9 +149,17 @@ PEERS = [
 ]
 
 
-def _head_pays(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
-) -> bool:
+def _old_function(name: str) -> Callable[[], Any]:
+    """A function of TRL 1.12's trainer/utils.py, from the folder where `make peers` puts that release."""
+
+    def source() -> Any:
+        path = find_source("trl/trainer/utils.py", [peers_root() / "trl-1.12"])
+        return extract(path, name, namespace={"torch": torch, "F": torch.nn.functional})[name]
+
+    return source
+
+
+def _head_pays(hidden: Tensor, weight: Tensor, softcap: float | None, scale: float) -> bool:
     """Whether `linear_logprob` can say this call: no scaled cap, no head that DeepSpeed has parted."""
     plain = type(weight) in (Tensor, torch.nn.Parameter) and not hasattr(weight, "ds_id")
     return plain and hidden.dim() == 2 and scale > 0 and (softcap is None or scale == 1.0)
@@ -183,7 +191,7 @@ def _our_head(original: Any) -> Any:
         ) -> tuple[Tensor | None, ...]:  # fmt: skip
             softcap = final_logit_softcapping
             if not {*outputs} <= {"log_probs", "entropy"} or not _head_pays(
-                hidden, weight, bias, softcap, logit_scale
+                hidden, weight, softcap, logit_scale
             ):
                 return original.apply(
                     hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
@@ -207,7 +215,7 @@ def _our_old_head(original: Any, entropy_gradient: bool = False) -> Any:
             final_logit_softcapping: float | None = None, logit_scale: float = 1.0,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
             softcap = final_logit_softcapping
-            if not _head_pays(last_hidden, weight, None, softcap, logit_scale):
+            if not _head_pays(last_hidden, weight, softcap, logit_scale):
                 return original.apply(
                     last_hidden, weight, targets, temperature, chunk_size, softcap, logit_scale
                 )
@@ -290,7 +298,7 @@ def _old_head_call(large: bool) -> Call:
 
 def _head_inputs(large: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden [N, E], weight [V, E] and bias [V] that require gradients, and targets [N]."""
-    rows, width, vocabulary = (256, 256, 50257) if large else (13, 8, 131)
+    rows, width, vocabulary = (128, 256, 50257) if large else (13, 8, 131)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, width, generator=draw).requires_grad_()
     weight = torch.randn(vocabulary, width, generator=draw).mul_(0.3).requires_grad_()
@@ -325,6 +333,7 @@ PATCH = Target(
             op="linear_logprob",
             place=f"{_UTILS}:_ChunkedLogProbFunction",
             make=_our_old_head,
+            source=_old_function("_ChunkedLogProbFunction"),
             call=_old_head_call,
             versions=_OLD,
             note="as in TRL 1.12, the entropy passes no gradient on",
@@ -334,6 +343,7 @@ PATCH = Target(
             op="linear_logprob",
             place=f"{_UTILS}:_ChunkedLogProbFunction",
             make=lambda original: _our_old_head(original, entropy_gradient=True),
+            source=_old_function("_ChunkedLogProbFunction"),
             call=_old_head_call,
             versions=_OLD,
             chosen=False,
@@ -352,6 +362,7 @@ PATCH = Target(
             op="logprob",
             place=f"{_UTILS}:selective_log_softmax",
             make=_our_old_selective,
+            source=_old_function("selective_log_softmax"),
             call=lambda large: Call(rebind.logits_and_labels(large)),
             versions=_OLD,
         ),
@@ -376,6 +387,7 @@ PATCH = Target(
             op="masked_normalize",
             place="trl.experimental.ppo.ppo_trainer:masked_whiten",
             make=verl.whitening,
+            source=masked_whiten,
             call=verl.whiten_call,
             versions=_OLD,
             note="fewer than two real elements go to TRL's own, which raises or gives NaN",

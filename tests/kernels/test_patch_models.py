@@ -8,6 +8,7 @@ import torch
 import rlhf_kernels
 from rlhf_kernels import stacks
 from rlhf_kernels.engine import patched as comparison
+from rlhf_kernels.runtime.dispatch import OPS
 from rlhf_kernels.stacks import patching
 
 stacks.activate()
@@ -55,31 +56,24 @@ def _equal(before, after):
 def test_family_is_the_same_patched(family):
     model = _model(family)
     before = _results(model)
-    calls = _counted(model)
+    for op in OPS.values():
+        op._chosen.clear()
+    pays = family != "gpt_neox"  # a quarter of its heads is turned
     with rlhf_kernels.patch("transformers") as patched:
-        assert f"{family}.rotary" in {one.name for one in patched.replaced}
+        assert (f"{family}.rotary" in {one.name for one in patched.replaced}) == pays
         assert patched.left["attention"].startswith("on a CPU")
         _equal(before, _results(model))
-    counted = calls()
+    used = {name for name, op in OPS.items() if op._chosen}
+    assert used >= ({"rotary", "logprob"} if pays else {"logprob"})
     with rlhf_kernels.patch("transformers", only=NAMES):  # attention too, which is left on a CPU
         _equal(before, _results(model))
     with rlhf_kernels.patch(model) as patched:
         assert {one.name for one in patched.replaced} == {"loss"} | {
-            r.name for r in PATCH.rebindings if r.name.startswith(f"{family}.")
+            r.name for r in PATCH.rebindings if r.name.startswith(f"{family}.") and pays
         }
         _equal(before, _results(model))
-    assert counted
     after = _results(model)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
-
-
-def _counted(model):
-    """How often our operators were asked for a kernel since; 0 would mean that nothing was replaced."""
-    from rlhf_kernels.runtime.dispatch import OPS
-
-    for op in OPS.values():
-        op._chosen.clear()
-    return lambda: {name for name, op in OPS.items() if op._chosen} >= {"rotary", "logprob"}
 
 
 def test_a_model_alone_is_patched_and_its_twin_is_not():
