@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_kernels.engine.clock import Contender, Limits, clock_for, measure
 from rlhf_kernels.engine.memory import peak_bytes
 from rlhf_kernels.stacks import patching, slots
+from rlhf_kernels.stacks.patching import PatchError
 from rlhf_kernels.stacks.rebind import Call, Rebinding, Target
 
 TOLERANCE = 1e-5  # float32, relative to the largest element of each output and gradient
@@ -85,7 +86,11 @@ def difference(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
 
 
 def functions(rebinding: Rebinding) -> tuple[Any, Any] | None:
-    """The stack's function, from its source where it cannot be imported, and ours; None: it is not there."""
+    """The stack's function, from its source where it cannot be imported, and ours; None: it is not there.
+
+    Raises:
+        PatchError: it is replaced just now, so that there is nothing to compare ours with.
+    """
     try:
         module = importlib.import_module(rebinding.place.partition(":")[0])
     except Exception:  # whatever a foreign import may raise
@@ -93,6 +98,11 @@ def functions(rebinding: Rebinding) -> tuple[Any, Any] | None:
             raise
         original = rebinding.source()
     else:
+        if rebinding.place in patching.replaced_places():
+            raise PatchError(
+                f"{rebinding.name} is patched in this process: undo() it, or unset RLHF_KERNELS_PATCH, "
+                "to compare"
+            )
         found = slots.look_up(rebinding.place, module)
         if found is None:
             return None
@@ -157,6 +167,8 @@ def _examine(row: PatchRow, rebinding: Rebinding, device: str, seconds: float | 
     """Fills in the row; a function that is left is measured too, which shows why it is."""
     try:
         found = functions(rebinding)
+    except PatchError:
+        raise
     except Exception as error:  # whatever a foreign import may raise
         row.status, row.reason, row.chosen = "unavailable", f"{type(error).__name__}: {error}", False
         return

@@ -278,6 +278,12 @@ def _module(rebinding: Rebinding, patched: Patched) -> ModuleType | None:
         return None
 
 
+def replaced_places() -> set[str]:
+    """The places where ours stands now."""
+    with LOCK:
+        return set(_active)
+
+
 def active() -> Sequence[Patched]:
     """The patches that hold now."""
     with LOCK:

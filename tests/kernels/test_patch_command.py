@@ -78,6 +78,13 @@ def test_a_wrong_word_is_one_sentence(words, code, message, capsys):
     assert found.err.count("\n") == 1
 
 
+def test_a_patched_stack_is_not_compared_with_itself(capsys):
+    _installed("verl")
+    with rlhf_kernels.patch("verl", only="masked_whiten"):
+        assert cli.main(["patch", "verl", "--check", "--only", "masked_whiten", "--quiet"]) == 3
+    assert "masked_whiten is patched in this process: undo() it" in capsys.readouterr().err
+
+
 def test_an_unchecked_version_is_exit_code_3(capsys, monkeypatch):
     _installed("verl")
     monkeypatch.setattr(patching, "installed_version", lambda package, folder: "0.12.0")
