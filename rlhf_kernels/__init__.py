@@ -3,6 +3,9 @@
 Importing this needs torch alone. `explain("gae")` says which backend runs an op here and why.
 """
 
+import os
+from typing import TYPE_CHECKING, Any
+
 from rlhf_kernels.ops.advantage import gae, token_advantages
 from rlhf_kernels.ops.attention import attention, decode_attention
 from rlhf_kernels.ops.loss_head import linear_logprob, logprob
@@ -13,12 +16,17 @@ from rlhf_kernels.ops.sampling import sample
 from rlhf_kernels.ops.swiglu import swiglu
 from rlhf_kernels.runtime.dispatch import BackendError, FallbackWarning, backend, explain
 
+if TYPE_CHECKING:
+    from rlhf_kernels.stacks.patching import Patched, PatchError, patch
+
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "NORMALIZE_PRESETS",
     "BackendError",
     "FallbackWarning",
+    "PatchError",
+    "Patched",
     "RotaryTable",
     "RotaryTables",
     "attention",
@@ -30,6 +38,7 @@ __all__ = [
     "linear_logprob",
     "logprob",
     "masked_normalize",
+    "patch",
     "rms_norm",
     "rotary",
     "rotary_tables",
@@ -37,3 +46,18 @@ __all__ = [
     "swiglu",
     "token_advantages",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What patches foreign stacks is imported when it is first asked for."""
+    if name not in ("PatchError", "Patched", "patch"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from rlhf_kernels.stacks import patching
+
+    return getattr(patching, name)
+
+
+if os.environ.get("RLHF_KERNELS_PATCH"):
+    from rlhf_kernels.stacks.workers import from_environment
+
+    from_environment(os.environ)

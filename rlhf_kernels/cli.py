@@ -1,4 +1,4 @@
-"""The command `rlhf-kernels`: doctor, list, check, bench, compare, regress, tune, budget.
+"""The command `rlhf-kernels`: doctor, list, check, bench, compare, regress, tune, budget, patch.
 
 Every command works without a GPU, takes --json, and writes tables for people: rich on a terminal, Markdown in
 a pipe. What it measured so far is kept when it is interrupted.
@@ -28,10 +28,12 @@ examples:
   rlhf-kernels compare main head.jsonl         a verdict on every row, and an exit code for a CI
   rlhf-kernels regress gae --base main         build main and HEAD, measure them by turns
   rlhf-kernels tune swiglu                     find the best grain here; read back at run time
+  rlhf-kernels patch verl --check              a patched stack against itself: differences, time, memory
 
 exit codes: 0 fine, 1 regression, 2 incorrect, 3 environments differ, 64 usage,
             75 measure again (--inconclusive=rerun), 130 interrupted
-environment: RLHF_KERNELS_BACKEND, RLHF_KERNELS_STRICT, RLHF_KERNELS_TUNED, RLHF_KERNELS_CACHE, NO_COLOR
+environment: RLHF_KERNELS_BACKEND, RLHF_KERNELS_STRICT, RLHF_KERNELS_TUNED, RLHF_KERNELS_CACHE,
+  RLHF_KERNELS_PATCH, NO_COLOR
 """
 
 
@@ -204,6 +206,16 @@ def _regress_options(parser: argparse.ArgumentParser) -> None:
     _gate_options(parser)
 
 
+def _patch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", nargs="?", help="a stack; none lists those that are known")
+    parser.add_argument("--check", action="store_true", help="compare and time what is replaced")
+    many = {"action": "extend", "type": _words, "default": []}
+    parser.add_argument("--only", metavar="NAME,..", help="names of functions", **many)
+    parser.add_argument("--allow-untested", action="store_true", help="a version that was not checked, too")
+    parser.add_argument("--threads", type=_positive(int), default=1, help="threads of the CPU")
+    parser.add_argument("--seconds", type=_positive(float), default=1.0, help="for the times of a function")
+
+
 Run = Callable[[argparse.Namespace], int]
 COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "doctor": (commands.doctor, lambda parser: None),
@@ -214,4 +226,5 @@ COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "regress": (gate.regress, _regress_options),
     "tune": (commands.tune_ops, _timing),
     "budget": (commands.budget, _budget_options),
+    "patch": (commands.patch, _patch_options),
 }

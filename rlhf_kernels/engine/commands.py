@@ -273,6 +273,53 @@ def budget(args: argparse.Namespace) -> int:
     return guards.exit_code(rows)
 
 
+def patch(args: argparse.Namespace) -> int:
+    """List what `rlhf_kernels.patch(TARGET)` replaces here, or hold it against the stack's own with --check.
+
+    Without a target: the stacks that are known. --check compares outputs and every gradient in float32
+    (1e-5 relative), then time and memory of forward and backward. Exits with 2 where something differs, with
+    3 where the stack is missing or its version was not checked.
+    """
+    from rlhf_kernels import stacks
+    from rlhf_kernels.engine import patched
+    from rlhf_kernels.stacks import patching
+
+    stacks.activate()
+    known = patching.targets()
+    if args.target is not None:
+        select.known("target", [args.target], known)
+    torch.set_num_threads(args.threads)
+    try:
+        if args.target is None:
+            rows = [patched.summary(target) for target in known.values()]
+        else:
+            rows = _patch_rows(args, known[args.target])
+    except patching.PatchError as error:
+        table.complain(f"rlhf-kernels: {error}")
+        return ENVIRONMENT
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if args.json:
+        _print_json(rows)
+    else:
+        (show.targets if args.target is None else show.patch)(rows, args.check)
+    return INCORRECT if any(row.get("status") == "incorrect" for row in rows) else OK
+
+
+def _patch_rows(args: argparse.Namespace, target: Any) -> list[dict[str, Any]]:
+    from rlhf_kernels.engine import patched
+
+    with table.progress(args.quiet or not args.check) as tell:
+        rows = patched.check(
+            target,
+            only=args.only or None,
+            allow_untested=args.allow_untested,
+            seconds=args.seconds if args.check else None,
+            progress=tell,
+        )
+    return [row.as_dict() for row in rows]
+
+
 class Keeping:
     """Ends a measurement where it is interrupted or its process dies, and keeps what there is."""
 

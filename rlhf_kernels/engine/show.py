@@ -180,3 +180,28 @@ def budget(rows: Sequence[Mapping[str, Any]], verbose: bool) -> None:
         print_table(names, details, "All" if verbose else "Over budget")
     reasons = {(row["impl"], row["reason"]) for row in rows if row["status"] == "unavailable"}
     print_notes([f"{kind} is unavailable: {reason}" for kind, reason in sorted(reasons)])
+
+
+def targets(rows: Sequence[Mapping[str, Any]], _: bool = False) -> None:
+    """The stacks that `patch` knows."""
+    lines = [
+        [row["target"], ", ".join(row["checked"]), row["installed"] or "absent", ", ".join(row["functions"])]
+        for row in rows
+    ]
+    print_table(("target", "checked", "installed", "functions"), lines)
+    print_notes(["rlhf-kernels patch TARGET --check compares and times them on this machine."])
+
+
+def patch(rows: Sequence[Mapping[str, Any]], measured: bool) -> None:
+    """What is replaced in a stack, and what is left and why; differences, times and memory where measured."""
+    lines, heads = [], ["function", "by", "state"]
+    for row in rows:
+        line = [row["name"], row["op"], row["status"]]
+        if measured:
+            times = [duration(row[key]) if row[key] else "" for key in ("before_us", "after_us")]
+            held = [size(row[key]) if row[key] is not None else "" for key in ("before_bytes", "after_bytes")]
+            line += [figure(row["error"], "{:.1e}"), *times, figure(row["speedup"], "{:.3g}x"), *held]
+        lines.append([*line, row["reason"] or ""])
+    if measured:
+        heads += [">difference", ">before", ">after", ">speed-up", ">memory before", ">after"]
+    print_table((*heads, "why"), lines, f"{rows[0]['target']} {rows[0]['version']} on {rows[0]['device']}")

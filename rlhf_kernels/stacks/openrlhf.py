@@ -13,7 +13,9 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
+from rlhf_kernels.stacks import rebind
 from rlhf_kernels.stacks.peer import Peer
+from rlhf_kernels.stacks.rebind import Call, Rebinding, Target
 from rlhf_kernels.stacks.source import extract, extract_statements, find_source
 
 UTILS = "openrlhf/models/utils.py"
@@ -173,3 +175,132 @@ PEERS = [
         note="compute_entropy is compiled with torch.compile",
     ),
 ]
+
+
+def _our_advantages(original: Any) -> Any:
+    from rlhf_kernels import gae
+
+    @torch.no_grad()
+    def get_advantages_and_returns(
+        self: Any, values: Tensor, rewards: Tensor, action_mask: Tensor, gamma: float, lambd: float
+    ) -> tuple[Tensor, Tensor]:
+        """OpenRLHF's: masked steps are steps of reward and value 0; action_mask may be None."""
+        whole = rebind.floats(rewards, values) and values.dim() == 2 and rebind.is_number(gamma, lambd)
+        mask = rebind.as_booleans(action_mask, values.shape) if whole else None
+        if not whole or (mask is None and action_mask is not None):
+            return original(self, values, rewards, action_mask, gamma, lambd)
+        return gae(rewards, values, mask=mask, gamma=float(gamma), lam=float(lambd), mask_mode="zero")
+
+    return get_advantages_and_returns
+
+
+def _our_logprobs(original: Any) -> Any:
+    from rlhf_kernels import logprob
+
+    def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+        """OpenRLHF's: divides the logits in place, which `Actor` counts on for the entropy."""
+        if not rebind.picks_tokens(logits, labels):
+            return original(logits, labels, temperature)
+        if temperature != 1.0:
+            logits.div_(temperature)
+        return logprob(logits, labels)[0].to(logits.dtype)
+
+    return log_probs_from_logits
+
+
+def _our_entropy(original: Any) -> Any:
+    from rlhf_kernels import logprob
+
+    def compute_entropy(logits: Tensor) -> Tensor:
+        if not (rebind.floats(logits) and logits.dim() > 1):
+            return original(logits)
+        anything = logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
+        return logprob(logits, anything)[1].to(logits.dtype)
+
+    return compute_entropy
+
+
+def _our_normalize(original: Any) -> Any:
+    from rlhf_kernels import masked_normalize as normalize
+
+    def masked_normalize(tensor: Tensor, mask: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+        real = rebind.as_booleans(mask, tensor.shape) if rebind.floats(tensor) else None
+        if real is None or real.device != tensor.device:
+            return original(tensor, mask, dim, eps)
+        return normalize(tensor, real, dim=dim, eps=eps, zero_masked=True)
+
+    return masked_normalize
+
+
+def _advantages_call(large: bool) -> Call:
+    rewards, values, mask = rebind.left_padded(large)
+    return Call((None, values, rewards, mask.long(), 0.99, 0.95))
+
+
+def _logprobs_call(large: bool) -> Call:
+    logits, labels = rebind.logits_and_labels(large)
+
+    def invoke(function: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        divided = logits * 1  # what is divided in place cannot be a leaf
+        return function(divided, labels, 0.7), divided
+
+    return Call((logits, labels), {}, invoke)
+
+
+def _normalize_call(large: bool) -> Call:
+    values, _, mask = rebind.left_padded(large)
+    return Call((values.requires_grad_(), mask.long()))
+
+
+_UTILS, _LOGPROBS = "openrlhf.models.utils", "log_probs_from_logits"
+
+PATCH = Target(
+    name="openrlhf",
+    package="openrlhf",
+    root="openrlhf",
+    checked=("0.11.2",),
+    rebindings=(
+        Rebinding(
+            name="get_advantages_and_returns",
+            op="gae",
+            place="openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.get_advantages_and_returns",
+            make=_our_advantages,
+            source=advantages_and_returns,
+            call=_advantages_call,
+            backends=rebind.FAST | {"torch"},
+            note="NaN in a masked slot reaches its own slot only",
+        ),
+        Rebinding(
+            name="log_probs_from_logits",
+            op="logprob",
+            place=f"{_UTILS}:log_probs_from_logits",
+            make=_our_logprobs,
+            source=lambda: source_functions("_logsumexp_by_chunk", _LOGPROBS)[_LOGPROBS],
+            call=_logprobs_call,
+        ),
+        Rebinding(
+            name="compute_entropy",
+            op="logprob",
+            place=f"{_UTILS}:compute_entropy",
+            make=_our_entropy,
+            source=lambda: source_functions("compute_entropy")["compute_entropy"],
+            call=lambda large: Call(rebind.logits_and_labels(large)[:1]),
+            note="a logit of -inf adds 0, where OpenRLHF gives NaN; nothing is compiled",
+        ),
+        Rebinding(
+            name="masked_normalize",
+            op="masked_normalize",
+            place=f"{_UTILS}:masked_normalize",
+            make=_our_normalize,
+            source=lambda: source_functions("masked_normalize")["masked_normalize"],
+            call=_normalize_call,
+            note="NaN in a masked slot reaches nothing, where OpenRLHF makes its whole row NaN",
+        ),
+    ),
+    untouched={
+        "compute_reward, compute_approx_kl and the losses": (
+            "elementwise; a second copy of a loss is where patches go wrong"
+        ),
+        "the normalisation over all experiences": "statements inside compute_advantages_and_returns",
+    },
+)

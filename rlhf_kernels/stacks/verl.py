@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_kernels.stacks import rebind
 from rlhf_kernels.stacks.peer import Peer
+from rlhf_kernels.stacks.rebind import Call, Rebinding, Target
 
 
 def _masked_whiten() -> Callable[..., Tensor]:
@@ -177,3 +179,120 @@ PEERS = [
         note="an ignored target is not provided for: every target has to be a token",
     ),
 ]
+
+
+def _our_gae(original: Any) -> Any:
+    from rlhf_kernels import gae
+
+    def compute_gae_advantage_return(
+        token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: Any, lam: Any
+    ) -> tuple[Tensor, Tensor]:
+        """verl's: GAE that passes over masked tokens, then whitening; returns of masked ones too."""
+        given = (token_level_rewards, values, response_mask, gamma, lam)
+        whole = rebind.floats(token_level_rewards, values) and values.dim() == 2
+        mask = rebind.as_booleans(response_mask, values.shape) if whole else None
+        if mask is None or not rebind.is_number(gamma, lam):
+            return original(*given)
+        with torch.no_grad():
+            advantages, _ = gae(token_level_rewards, values, mask=mask, gamma=float(gamma), lam=float(lam))
+            returns = advantages + values
+            whiten = original.__globals__["verl_F"].masked_whiten  # ours too, unless it was left
+            return whiten(advantages, response_mask), returns
+
+    return compute_gae_advantage_return
+
+
+def whitening(original: Any) -> Any:
+    """verl's and TRL's masked_whiten by ours; with fewer than two real ones theirs raises or gives NaN."""
+    from rlhf_kernels import NORMALIZE_PRESETS, masked_normalize
+
+    def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+        real = rebind.as_booleans(mask, values.shape) if rebind.floats(values) else None
+        if real is None or values.device != real.device or int(real.sum()) < 2:
+            return original(values, mask, shift_mean)
+        return masked_normalize(values, real, center=bool(shift_mean), **NORMALIZE_PRESETS["verl"])
+
+    return masked_whiten
+
+
+def _our_logprobs(original: Any) -> Any:
+    from rlhf_kernels import logprob
+
+    def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+        if not rebind.picks_tokens(logits, labels):
+            return original(logits, labels, inplace_backward)
+        return logprob(logits, labels)[0].to(logits.dtype)
+
+    return logprobs_from_logits
+
+
+def _our_entropy(original: Any) -> Any:
+    from rlhf_kernels import logprob
+
+    def entropy_from_logits(logits: Tensor) -> Tensor:
+        if not (rebind.floats(logits) and logits.dim() > 1):
+            return original(logits)
+        anything = logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
+        return logprob(logits, anything)[1].to(logits.dtype)
+
+    return entropy_from_logits
+
+
+def _gae_call(large: bool) -> Call:
+    rewards, values, mask = rebind.left_padded(large)
+    return Call((rewards, values, mask.long(), 0.99, 0.95))
+
+
+def whiten_call(large: bool) -> Call:
+    """values that require a gradient, and a mask."""
+    values, _, mask = rebind.left_padded(large)
+    return Call((values.requires_grad_(), mask.long()))
+
+
+_F = "verl.utils.torch_functional"
+
+PATCH = Target(
+    name="verl",
+    package="verl",
+    root="verl",
+    checked=("0.9.1",),
+    rebindings=(
+        Rebinding(
+            name="compute_gae_advantage_return",
+            op="gae",
+            place="verl.trainer.ppo.core_algos:compute_gae_advantage_return",
+            registries=("verl.trainer.ppo.core_algos:ADV_ESTIMATOR_REGISTRY",),
+            make=_our_gae,
+            call=_gae_call,
+            backends=rebind.FAST | {"torch"},
+            note="NaN in a masked slot reaches its own slot only",
+        ),
+        Rebinding(
+            name="masked_whiten",
+            op="masked_normalize",
+            place=f"{_F}:masked_whiten",
+            make=whitening,
+            call=whiten_call,
+            note="raises as verl does where fewer than two are real",
+        ),
+        Rebinding(
+            name="logprobs_from_logits",
+            op="logprob",
+            place=f"{_F}:logprobs_from_logits",
+            make=_our_logprobs,
+            call=lambda large: Call(rebind.logits_and_labels(large)),
+        ),
+        Rebinding(
+            name="entropy_from_logits",
+            op="logprob",
+            place=f"{_F}:entropy_from_logits",
+            make=_our_entropy,
+            call=lambda large: Call(rebind.logits_and_labels(large)[:1]),
+            note="a logit of -inf adds 0, where verl gives NaN",
+        ),
+    ),
+    untouched={
+        "kl_penalty and the losses": "elementwise; a second copy of a loss is where patches go wrong",
+        "linear_cross_entropy": "chosen by verl's own configuration (use_fused_kernels)",
+    },
+)

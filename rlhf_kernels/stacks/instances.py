@@ -1,0 +1,165 @@
+"""`patch(model)`: the replacements for transformers, in one model alone.
+
+A module gets a `forward` of its own, bound to itself, the model a loss function of its own, and attention by
+name through `set_attn_implementation`. Classes, functions and other models stay as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from rlhf_kernels.stacks import patching, slots
+from rlhf_kernels.stacks.patching import Patched, PatchError, Replaced
+from rlhf_kernels.stacks.rebind import Rebinding
+from rlhf_kernels.stacks.slots import Slot
+from rlhf_kernels.stacks.transformers import our_attention, our_mask
+
+_MARK = "_rlhf_kernels_patch"
+_NAME = (
+    "rlhf_kernels"  # of our attention in transformers' registries; it stays there, as register() has no undo
+)
+
+
+class _Implementation(NamedTuple):
+    """The attention of a model by name, and which it was."""
+
+    label: str
+    model: Any
+    before: str
+    ours: str
+
+    def put(self, name: str) -> None:
+        """Registers ours, and makes the model use it."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+        if name not in functions:
+            AttentionInterface.register(name, our_attention(functions["sdpa"]))
+            AttentionMaskInterface.register(name, our_mask(masks["sdpa"]))
+        self.model.set_attn_implementation(name)
+
+    def restore(self) -> str | None:
+        """Puts back what was there; says so where it is no longer ours to take away."""
+        if self.model.config._attn_implementation != self.ours:
+            return "the model's attention was chosen anew by other code meanwhile and stays as it is"
+        self.model.set_attn_implementation(self.before)
+        return None
+
+
+def patch_model(
+    model: nn.Module, only: Any, backend: str | None, allow_untested: bool, names: Sequence[Rebinding]
+) -> Patched:
+    """See `patch`; `names` are the rebindings that were asked for."""
+    target = patching.find("transformers")
+    version = patching.version_of(target, allow_untested)
+    patched = Patched(target, version, backend)
+    patched.target, patched.left = type(model).__name__, {}
+    with patching.LOCK:
+        patching.refuse_double(patched.target, names)
+        if any(hasattr(vars(one).get("forward"), _MARK) for one in model.modules()) or _ours(model):
+            raise PatchError(
+                f"patch({patched.target}): this model is patched already: call undo() on the first patch"
+            )
+        try:
+            for rebinding in names:
+                _replace(patched, model, rebinding, asked=only is not None)
+        except BaseException:
+            patched.undo()
+            raise
+    if not patched.replaced and not patched.left:
+        raise PatchError(
+            f"patch({patched.target}): this model has nothing that is replaced. Known are causal models of "
+            "transformers: Llama, Mistral, Qwen2, Qwen3, Gemma, GPT-NeoX and Phi."
+        )
+    return patched
+
+
+def _ours(model: Any) -> bool:
+    return any(hasattr(vars(one).get("_loss_function"), _MARK) for one in model.modules())
+
+
+def _replace(patched: Patched, model: nn.Module, rebinding: Rebinding, asked: bool) -> None:
+    name = rebinding.place.partition(":")[0]
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        patched.left[rebinding.name] = f"{name} cannot be imported here: {error}"
+        return
+    found = slots.look_up(rebinding.place, module)
+    if found is None:
+        return
+    owner, key = found
+    original = owner[key] if isinstance(owner, dict) else getattr(owner, key)
+    ours = rebinding.make(original)
+    if slots.other_signature(original, ours):
+        return
+    if patched.backend:
+        ours = slots.on(patched.backend, ours)
+    why = None if asked else patching.left_alone(rebinding, patched.backend)
+    is_attention = rebinding.op == "attention"
+    taken = _attention(model, rebinding.name) if is_attention else _slots(model, rebinding, original, ours)
+    taken = list(taken)
+    if taken and why is not None:
+        patched.left[rebinding.name] = why
+    elif taken:
+        for slot in taken:
+            slot.put(slot.ours)
+        patched.slots += taken
+        places = tuple(slot.label for slot in taken)
+        patched.replaced.append(Replaced(rebinding.name, rebinding.op, rebinding.place, places))
+
+
+def _slots(model: nn.Module, rebinding: Rebinding, original: Any, ours: Any) -> Iterator[Slot]:
+    for name, module in model.named_modules():
+        forward = type(module).forward
+        bound = None
+        if rebinding.name == "loss":
+            if getattr(module, "loss_function", None) is original and "_loss_function" not in vars(module):
+                own = _copy(ours)
+                yield Slot(f"{name or 'model'}.loss_function", module, "_loss_function", slots.ABSENT, own)
+        elif forward is original:
+            bound = ours
+        elif _reads(forward, original):
+            bound = types.FunctionType(
+                forward.__code__, {**forward.__globals__, original.__name__: ours}, forward.__name__,
+                forward.__defaults__, forward.__closure__,
+            )  # fmt: skip
+            bound.__kwdefaults__ = forward.__kwdefaults__
+        if bound is not None and "forward" not in vars(module):
+            method = types.MethodType(_copy(bound), module)
+            yield Slot(f"{name}.forward", module, "forward", slots.ABSENT, method)
+
+
+def _reads(forward: Any, function: Any) -> bool:
+    """Whether a method calls this very function by a global name."""
+    code = getattr(forward, "__code__", None)
+    name = getattr(function, "__name__", "")
+    return code is not None and name in code.co_names and forward.__globals__.get(name) is function
+
+
+def _copy(function: Any) -> Any:
+    """The function under a mark that says whose it is."""
+    made = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(function.__dict__)
+    setattr(made, _MARK, True)
+    return made
+
+
+def _attention(model: Any, name: str) -> Iterator[_Implementation]:
+    """The model's attention, if it is chosen by name; its mask goes with it."""
+    config = getattr(model, "config", None)
+    chosen = getattr(config, "_attn_implementation", None)
+    if name == "attention" and hasattr(model, "set_attn_implementation") and chosen in ("sdpa", "eager"):
+        yield _Implementation("attention", model, chosen, _NAME)
