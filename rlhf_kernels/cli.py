@@ -1,4 +1,4 @@
-"""The command `rlhf-kernels`: doctor, list, check, bench, tune, budget.
+"""The command `rlhf-kernels`: doctor, list, check, bench, tune, budget, report.
 
 Every command works without a GPU, takes --json, and writes tables for people: rich on a terminal, Markdown in
 a pipe. What it measured so far is kept when it is interrupted.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import rlhf_kernels
-from rlhf_kernels.engine import commands, select, table
+from rlhf_kernels.engine import commands, reading, select, table
 from rlhf_kernels.engine.conditions import WorkerError
 from rlhf_kernels.engine.select import UsageError
 
@@ -26,6 +26,7 @@ examples:
   rlhf-kernels bench attention                 time it against eager, torch.compile and installed peers
   rlhf-kernels bench --tier smoke --json       every op on small shapes, for a machine to read
   rlhf-kernels tune swiglu                     find the best grain here; read back at run time
+  rlhf-kernels report results.jsonl            one HTML page of what bench --out has stored
 
 exit codes: 0 fine, 1 regression, 2 incorrect, 3 environments differ, 64 usage, 130 interrupted
 environment: RLHF_KERNELS_BACKEND, RLHF_KERNELS_STRICT, RLHF_KERNELS_TUNED, RLHF_KERNELS_CACHE, NO_COLOR
@@ -155,6 +156,25 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="show every kernel, not only what is over")
 
 
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    _results(parser)
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="the page")
+    parser.add_argument("--title", default="", help="its heading")
+    parser.add_argument(
+        "--budget", type=Path, action="append", default=[], metavar="FILE.json", help="of budget --json"
+    )
+
+
+def _results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="files of bench --out, or directories",
+    )
+
+
 Run = Callable[[argparse.Namespace], int]
 COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "doctor": (commands.doctor, lambda parser: None),
@@ -163,4 +183,5 @@ COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "bench": (commands.bench, _bench_options),
     "tune": (commands.tune_ops, _timing),
     "budget": (commands.budget, _budget_options),
+    "report": (reading.report, _report_options),
 }

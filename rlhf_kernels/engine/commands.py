@@ -50,7 +50,8 @@ def _first_dtype(device: str) -> Callable[[Case], Sequence[torch.dtype]]:
     return lambda case: (usual,) if usual in case.dtypes else case.dtypes[:1]
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """One JSON value on standard output."""
     print(json.dumps(value, indent=1, allow_nan=False))
 
 
@@ -73,7 +74,7 @@ def doctor(args: argparse.Namespace) -> int:
     """
     findings = examination.findings()
     if args.json:
-        _print_json([dataclasses.asdict(one) for one in findings])
+        print_json([dataclasses.asdict(one) for one in findings])
     else:
         show.doctor(findings)
     return OK
@@ -83,7 +84,7 @@ def list_ops(args: argparse.Namespace) -> int:
     """List the ops, or the cases of those that are named."""
     specs = _specs(args)
     if args.json:
-        _print_json([_described(spec) for spec in specs])
+        print_json([_described(spec) for spec in specs])
     elif args.ops:
         for spec in specs:
             show.cases(spec)
@@ -118,7 +119,7 @@ def check(args: argparse.Namespace) -> int:
         run.rows.extend(campaign.check(chosen, backends, place, tell))
     _write(args, run)
     if args.json:
-        _print_json(run.to_json())
+        print_json(run.to_json())
     else:
         show.check(run.rows, args.verbose)
     return kept.code or _code(run.rows)
@@ -148,7 +149,7 @@ def bench(args: argparse.Namespace) -> int:
     run.rows = campaign.gather(rows)
     _write(args, run)
     if args.json:
-        _print_json(run.to_json())
+        print_json(run.to_json())
     else:
         show.bench(run.rows, load_specs(args.specs))
         table.print_notes([*show.how_timed(run.rows), *_noise(place), f"Again: {args.line}"])
@@ -187,7 +188,7 @@ def tune_ops(args: argparse.Namespace) -> int:
     run.outcomes = [dataclasses.asdict(one) for one in outcomes]
     _write(args, run)
     if args.json:
-        _print_json(run.to_json() | {"table": str(path) if path else None})
+        print_json(run.to_json() | {"table": str(path) if path else None})
     else:
         show.tune(outcomes)
         table.print_notes([f"Stored in {path}. Again: {args.line}"] if path else ["Nothing was stored."])
@@ -208,7 +209,7 @@ def budget(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     if args.json:
-        _print_json(rows)
+        print_json(rows)
     else:
         show.budget(rows, args.verbose)
     return guards.exit_code(rows)
