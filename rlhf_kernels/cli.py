@@ -1,4 +1,5 @@
-"""The command `rlhf-kernels`: doctor, list, check, bench, tune, budget, report.
+"""The command `rlhf-kernels`: doctor, list, check, bench, tune, budget, report,
+history.
 
 Every command works without a GPU, takes --json, and writes tables for people: rich on a terminal, Markdown in
 a pipe. What it measured so far is kept when it is interrupted.
@@ -175,6 +176,18 @@ def _results(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _history_options(parser: argparse.ArgumentParser) -> None:
+    _results(parser)
+    many = {"action": "extend", "type": _words, "default": []}
+    parser.add_argument("--op", metavar="NAME,..", help="ops; none means all", **many)
+    parser.add_argument("--case", metavar="NAME,..", help="names or patterns such as 'palm*'", **many)
+    parser.add_argument("--impl", metavar="NAME,..", help="implementations; none means all", **many)
+    parser.add_argument(
+        "--metric", choices=("time", "speedup", "roof"), default="time", help="what to follow"
+    )
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw each as an SVG file")
+
+
 Run = Callable[[argparse.Namespace], int]
 COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "doctor": (commands.doctor, lambda parser: None),
@@ -184,4 +197,5 @@ COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "tune": (commands.tune_ops, _timing),
     "budget": (commands.budget, _budget_options),
     "report": (reading.report, _report_options),
+    "history": (reading.history, _history_options),
 }

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+from rlhf_kernels.engine import history as past
 from rlhf_kernels.engine import report as pages
 from rlhf_kernels.engine import results
 from rlhf_kernels.engine.commands import OK, print_json
-from rlhf_kernels.engine.select import UsageError
+from rlhf_kernels.engine.report import plots, svg
+from rlhf_kernels.engine.select import UsageError, known, unknown
+from rlhf_kernels.engine.show import SHORT
+from rlhf_kernels.engine.table import print_notes, print_table
 from rlhf_kernels.runtime.files import write_aside
 
 
@@ -37,3 +45,69 @@ def report(args: argparse.Namespace) -> int:
     for note in [] if args.json or args.quiet else found.notes:
         print(note, file=sys.stderr)
     return OK
+
+
+def history(args: argparse.Namespace) -> int:
+    """Show how stored times went from run to run, and where they stepped.
+
+    A measurement on one machine is a line: how many runs, its level now, the noise of a run, and each step
+    with what changed there: commit, build, versions. --metric speedup or roof follows what was measured
+    against another in the same rounds, from which the machine's drift is gone.
+    """
+    if args.plots and (reason := pages.missing()):
+        raise UsageError(reason)
+    found = results.load(args.results)
+    chosen = _chosen(past.series(found.machines(), args.metric), args)
+    if args.plots:
+        _draw(chosen, args.plots)
+    if args.json:
+        print_json([one.to_json() for one in chosen])
+        return OK
+    show = plots.SHOW[args.metric]
+    lines = [
+        [*one.key[:3], SHORT[one.key[3]], one.key[4], one.machine, str(len(one.points)),
+         show(one.levels[-1][2]), f"{one.noise:.1%}", one.told]
+        for one in chosen
+    ]  # fmt: skip
+    names = ("op", "case", "dtype", "dir", "implementation", "machine", ">runs", ">level", ">noise", "steps")
+    print_table(names, lines, f"History: {args.metric}")
+    runs = [f"#{n} is {run.started[:16]} {run.command}" for n, run in enumerate(found.runs, 1)]
+    print_notes([*found.notes, *runs, *([f"{len(chosen)} drawings in {args.plots}"] if args.plots else [])])
+    return OK
+
+
+def _chosen(found: Sequence[past.Series], args: argparse.Namespace) -> list[past.Series]:
+    """The series that the options name.
+
+    Raises:
+        UsageError: nothing was measured twice, or a name that no series has.
+    """
+    if not found:
+        raise UsageError(f"no {args.metric} was measured in two runs of one machine: there is no history yet")
+    known("op", args.op, dict.fromkeys(one.key[0] for one in found))
+    known("implementation", args.impl, dict.fromkeys(one.key[4] for one in found))
+    cases = dict.fromkeys(one.key[1] for one in found)
+    for pattern in args.case:
+        if not fnmatch.filter(cases, pattern):
+            raise unknown("case", pattern, cases)
+    return [
+        one
+        for one in found
+        if (not args.op or one.key[0] in args.op)
+        and (not args.impl or one.key[4] in args.impl)
+        and (not args.case or any(fnmatch.fnmatch(one.key[1], pattern) for pattern in args.case))
+    ]
+
+
+def _draw(chosen: Sequence[past.Series], directory: Path) -> None:
+    """An SVG file a series, in the colours of a light page.
+
+    Raises:
+        UsageError: the directory cannot be written.
+    """
+    for one, drawn in zip(chosen, plots.history(chosen, {})):
+        name = re.sub(r"[^A-Za-z0-9._+-]+", "_", f"{one.machine} {one.title}")
+        try:
+            write_aside(directory / f"{name}.svg", svg.standalone(drawn.svg))
+        except OSError as error:
+            raise UsageError(f"--plots {directory} cannot be written: {error.strerror}") from None

@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from rlhf_kernels import cli
 from rlhf_kernels.engine import report, results, roofs, store
 from rlhf_kernels.engine.fingerprint import machine_id
 from rlhf_kernels.engine.report import plots, tables
@@ -37,59 +35,12 @@ def stored(swiglu, tmp_path):
     return path
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs a command: exit code, standard output, standard error."""
-
-    def run(*words):
-        code = cli.main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-class Page(HTMLParser):
-    """Tags in balance, ids, references, and the text of table cells."""
-
-    VOID = ("meta", "input", "br", "link", "img", "hr")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.ids, self.refs, self.counts, self.cells = [], [], [], {}, []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.ids += [attrs["id"]] if "id" in attrs else []
-        self.refs += [
-            attrs[name] for name in ("src", "href", "xlink:href", "srcset", "action") if name in attrs
-        ]
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "td":
-            self.cells.append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "td" in self.open:
-            self.cells[-1] += data
-
-
-def test_the_page_stands_alone(run, swiglu, stored, tmp_path):
-    code, out, err = run("report", stored, "--out", tmp_path / "page.html", "--title", "A < B")
+def test_the_page_stands_alone(command, parsed, swiglu, stored, tmp_path):
+    code, out, err = command("report", stored, "--out", tmp_path / "page.html", "--title", "A < B")
     assert (code, err) == (0, "")
     assert f"{tmp_path / 'page.html'}: 60 rows of 2 runs" in out
     text = (tmp_path / "page.html").read_text()
-    page = Page(text)
+    page = parsed(text)
     assert text.startswith("<!doctype html>")
     assert text.count("A &lt; B") == 3, "the title, the heading and the command"
     assert len(page.ids) == len(set(page.ids)), "two drawings share an id"
@@ -146,15 +97,15 @@ def test_machines_are_kept_apart(swiglu):
     assert found[0].fingerprint["torch"] == "2.99", "a new version is the same machine"
 
 
-def test_what_failed_is_shown_with_its_reason_as_text(run, swiglu, tmp_path):
+def test_what_failed_is_shown_with_its_reason_as_text(command, parsed, swiglu, tmp_path):
     bad = dataclasses.replace(swiglu[1])
     bad.rows = [
         row.failed("incorrect", "off by <b>3</b>") if row.impl == "native" else row for row in swiglu[1].rows
     ]
     store.append(tmp_path / "bad.jsonl", bad)
-    assert run("report", tmp_path / "bad.jsonl", "--out", tmp_path / "page.html")[0] == 0
+    assert command("report", tmp_path / "bad.jsonl", "--out", tmp_path / "page.html")[0] == 0
     text = (tmp_path / "page.html").read_text()
-    assert Page(text).cells.count("off by <b>3</b>") == 6
+    assert parsed(text).cells.count("off by <b>3</b>") == 6
     assert "<b>3</b>" not in text
     assert '<div class="card bad"><b>6</b>incorrect</div>' in text
 
@@ -196,7 +147,7 @@ def test_sizes_that_differ_by_a_mask_are_one():
     assert len(found) > 3
 
 
-def test_measured_budgets(run, stored, tmp_path):
+def test_measured_budgets(command, parsed, stored, tmp_path):
     over = {
         "op": "swiglu", "impl": "triton", "case": "forward/bf16", "device": "sm_90", "status": "incorrect",
         "reason": "registers 40, budget 32", "registers": 40, "spills": 8,
@@ -204,17 +155,17 @@ def test_measured_budgets(run, stored, tmp_path):
     }  # fmt: skip
     (tmp_path / "budget.json").write_text(json.dumps([over]))
     words = ("--out", tmp_path / "page.html", "--budget", tmp_path / "budget.json")
-    assert run("report", stored, *words)[0] == 0
-    cells = Page((tmp_path / "page.html").read_text()).cells
+    assert command("report", stored, *words)[0] == 0
+    cells = parsed((tmp_path / "page.html").read_text()).cells
     assert "40 (budget 32)" in cells
     assert "incorrect: registers 40, budget 32" in cells
     (tmp_path / "budget.json").write_text('{"rows": 1}')
-    code, _, err = run("report", stored, *words)
+    code, _, err = command("report", stored, *words)
     assert code == 64
     assert "it is not what `rlhf-kernels budget --json` prints" in err
 
 
-def test_broken_files(run, stored, tmp_path):
+def test_broken_files(command, stored, tmp_path):
     page = ("--out", tmp_path / "page.html")
     cases = {
         tmp_path / "absent.jsonl": "does not exist",
@@ -230,12 +181,12 @@ def test_broken_files(run, stored, tmp_path):
     (tmp_path / "lacking.jsonl").write_text('{"kind": "run", "schema": 1}\n')
     (tmp_path / "nothing").mkdir()
     for path, said in cases.items():
-        code, out, err = run("report", path, *page)
+        code, out, err = command("report", path, *page)
         assert (code, out) == (64, "")
         assert said in err
         assert err.count("\n") == 1
         assert str(path) in err
-    assert run("report", stored, "--out", tmp_path)[0] == 64
+    assert command("report", stored, "--out", tmp_path)[0] == 64
     whole = stored.read_text()
     stored.write_text(whole[:-200])
     found = results.load([stored])
@@ -250,12 +201,12 @@ def test_a_directory_leaves_out_what_is_no_result(stored, tmp_path):
     assert found.notes == ["other.jsonl holds no run and was left out."]
 
 
-def test_without_the_extra_it_says_what_to_install(run, stored, monkeypatch, tmp_path):
+def test_without_the_extra_it_says_what_to_install(command, stored, monkeypatch, tmp_path):
     found = report.importlib.util.find_spec
     monkeypatch.setattr(
         report.importlib.util, "find_spec", lambda name: None if name == "jinja2" else found(name)
     )
-    code, _, err = run("report", stored, "--out", tmp_path / "page.html")
+    code, _, err = command("report", stored, "--out", tmp_path / "page.html")
     assert code == 64
     assert err == "rlhf-kernels: a report needs jinja2: pip install 'rlhf-kernels[report]'\n"
     assert not (tmp_path / "page.html").exists()

@@ -15,12 +15,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rlhf_kernels.engine import roofs
+from rlhf_kernels.engine import history, roofs
 from rlhf_kernels.engine.fingerprint import machine_id
 from rlhf_kernels.engine.report import plots, tables
 from rlhf_kernels.engine.results import Machine, Results
 from rlhf_kernels.engine.select import UsageError
 
+# Of a machine; `history --plots` draws all.
+_MOST_HISTORIES = 24
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -62,6 +64,7 @@ def build(results: Results, command: str, budgets: Sequence[Path] = (), title: s
 def _section(machine: Machine) -> dict[str, Any]:
     """What the template shows of one machine."""
     newest = machine.newest()
+    followed = [one for one in history.series([machine]) if one.key[4] in plots.OURS]
     timed = [entry for entry in newest if entry.row.median_us is not None]
     return {
         "title": machine.title,
@@ -72,12 +75,21 @@ def _section(machine: Machine) -> dict[str, Any]:
             ("Time against size", plots.latency(timed)),
             ("Roofline", plots.roofline(timed, _roofs(machine))),
         ],
+        "history": tables.history(followed),
+        "histories": plots.history(_worth_drawing(followed), {n: run.command for n, run in machine.runs}),
         "timings": tables.times(timed),
         "errors": tables.errors(newest),
         "failures": tables.failures(newest),
         "fingerprint": tables.fingerprint(machine.fingerprint),
         "runs": tables.runs(machine),
     }
+
+
+def _worth_drawing(found: Sequence[history.Series]) -> list[history.Series]:
+    """Series long enough to tell something, those with steps first, the largest of them foremost."""
+    long = [one for one in found if len(one.points) >= history.FEWEST]
+    size = {id(one): max([0.0, *(abs(step.percent) for step in one.steps)]) for one in long}
+    return sorted(long, key=lambda one: -size[id(one)])[:_MOST_HISTORIES]
 
 
 def _roofs(machine: Machine) -> roofs.Roofs | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_kernels.engine import stats
+from rlhf_kernels.engine.history import Series
 from rlhf_kernels.engine.implementations import COMPILED, EAGER
 from rlhf_kernels.engine.report import svg
 from rlhf_kernels.engine.results import Entry, commands
@@ -282,3 +283,67 @@ def _roofline(dtype: str, entries: Sequence[Entry], roofs: Roofs | None) -> Figu
         "stays in a cache, a copy is faster than memory."
     )
     return Figure(f"Roofline, {dtype}", drawing, caption, commands(ours.values()))
+
+
+def history(found: Sequence[Series], commands: Mapping[int, str]) -> list[Figure]:
+    """A figure a series: its runs with their intervals, levels, noise band and steps.
+
+    Args:
+        found: series with two points or more.
+        commands: of the runs, by number.
+    """
+    return [_history(one, commands) for one in found]
+
+
+SHOW = {"time": duration, "speedup": "{:.3g}x".format, "roof": "{:.0%}".format}
+
+
+def _history(one: Series, commands: Mapping[int, str]) -> Figure:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    show, points = SHOW[one.metric], one.points
+    with svg.figure(height=2.5) as (drawn, axes):
+        at = range(len(points))
+        below = [max(p.value - p.low, 0) for p in points]
+        above = [max(p.high - p.value, 0) for p in points]
+        for first, stop, level in one.levels:
+            around = [level * math.exp(sign * 2 * one.noise) for sign in (-1, 1)]
+            edges = (first - 0.5, stop - 0.5)
+            axes.fill_between(edges, *around, color=svg.SERIES[0], alpha=0.15, linewidth=0)
+            axes.plot(edges, [level] * 2, color=svg.SERIES[0], linewidth=1.2)
+        axes.errorbar(at, [p.value for p in points], yerr=[below, above], fmt="o", color=svg.SERIES[0],
+                      ecolor=svg.MUTED, elinewidth=1, markersize=4)  # fmt: skip
+        _cut_off(axes, one)
+        for step in one.steps:
+            axes.axvline(step.at - 0.5, color=svg.SERIES[1], linestyle="--", linewidth=1.2)
+            axes.annotate(
+                f" {step.percent:+.0f} %", (step.at - 0.5, 1), xycoords=("data", "axes fraction"), va="top",
+                color=svg.SERIES[1],
+            )  # fmt: skip
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(show(value))))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _run_label(points, x)))
+        axes.set_xlim(-0.6, len(points) - 0.4)
+        axes.set_xlabel(f"run ({points[0].started[:10]} to {points[-1].started[:10]})")
+        drawing = svg.inline(drawn, f"History of {one.title}: {one.told}")
+    caption = f"{one.told} Band: twice the noise, {2 * one.noise:.1%}, around each level."
+    typed = list(dict.fromkeys(commands[p.number] for p in points if p.number in commands))
+    return Figure(one.title, drawing, caption, typed)
+
+
+def _cut_off(axes: Any, one: Series) -> None:
+    """Ends the axis not far from the levels; what lies beyond is a triangle at its end."""
+    levels = [level for *_, level in one.levels]
+    room = 1.3 * max(levels) - min(levels)
+    low = max(axes.get_ylim()[0], min(levels) * math.exp(-5 * one.noise) - 0.1 * room)
+    high = min(axes.get_ylim()[1], max(levels) * math.exp(5 * one.noise) + 0.1 * room)
+    axes.set_ylim(low, high)
+    for at, point in enumerate(one.points):
+        if not low <= point.value <= high:
+            edge, marker = (high, "^") if point.value > high else (low, "v")
+            axes.plot(at, edge, marker, color=svg.SERIES[0], clip_on=False)
+
+
+def _run_label(points: Sequence[Any], x: float) -> str:
+    return f"#{points[round(x)].number}" if 0 <= round(x) < len(points) and x == round(x) else ""

@@ -72,3 +72,18 @@ def inline(drawn: Any, label: str) -> str:
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     shown = f'style="max-width: {float(width[1]) * 4 / 3:.0f}px"' if width else ""
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" {shown}', 1).strip()
+
+
+# The page's own variables, for a drawing that stands outside of it.
+_LIGHT = {
+    "--ink": "#1c1f23", "--muted": "#6b727a", "--grid": "#e4e7ea", "--page": "#ffffff", "--s0": "#0072b2",
+    "--s1": "#d55e00", "--s2": "#009e73", "--s3": "#56b4e9", "--s4": "#cc79a7", "--s5": "#b58900",
+    "--s6": "#7a5195", "--s7": "#7f8790", "--font": "sans-serif",
+}  # fmt: skip
+
+
+def standalone(drawing: str) -> str:
+    """A drawing of `inline` as a file of its own, on white."""
+    text = re.sub(r"var\((--\w+)\)", lambda found: _LIGHT[found[1]], drawing)
+    text = re.sub(r'style="max-width: (\d+)px"', r'width="\1" style="background: #ffffff"', text, count=1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_kernels.engine.budget.ledger import DIRECTORY, Ledger
+from rlhf_kernels.engine.history import Series
 from rlhf_kernels.engine.implementations import COMPILED, EAGER
 from rlhf_kernels.engine.report import plots
 from rlhf_kernels.engine.results import Entry, Machine, commands
@@ -172,6 +173,25 @@ def failures(entries: Sequence[Entry]) -> Table:
     ]  # fmt: skip
     names = ("state", "op", "implementation", "case", "dtype", "dir", "reason")
     return Table("Not timed, and why", names, lines, "", commands(bad))
+
+
+def history(found: Sequence[Series]) -> Table:
+    """A line a series: where it stands and how it came there."""
+    lines = []
+    for one in found:
+        level = one.levels[-1][2]
+        lines.append([
+            *(Cell(name, name) for name in (*one.key[:3], SHORT[one.key[3]], one.key[4])),
+            _count(len(one.points)), Cell(plots.SHOW[one.metric](level), level),
+            Cell(f"{one.noise:.1%}", one.noise),
+            Cell(one.told, -len(one.steps), "wide" + " bad" * _slower(one)),
+        ])  # fmt: skip
+    names = ("op", "case", "dtype", "dir", "implementation", ">runs", ">level now", ">noise", "steps")
+    return Table("History", names, lines, "Stored runs of this machine; the noise is that of one run.")
+
+
+def _slower(one: Series) -> bool:
+    return bool(one.steps) and one.steps[-1].verdict == "slower"
 
 
 def fingerprint(found: Mapping[str, Any]) -> list[tuple[str, str]]:
