@@ -27,6 +27,7 @@ examples:
   rlhf-kernels bench attention                 time it against eager, torch.compile and installed peers
   rlhf-kernels bench --tier smoke --json       every op on small shapes, for a machine to read
   rlhf-kernels tune swiglu                     find the best grain here; read back at run time
+  rlhf-kernels check my_package.specs          a kernel of your own (examples/own_kernel.py)
   rlhf-kernels report results.jsonl            one HTML page of what bench --out has stored
 
 exit codes: 0 fine, 1 regression, 2 incorrect, 3 environments differ, 64 usage, 130 interrupted
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args = _parser().parse_args(_known_command(argv))
+        if getattr(args, "ops", None):
+            args.specs, args.ops = select.specs_named(args.ops, args.specs)
         args.line = shlex.join(["rlhf-kernels", *argv])
         return args.run(args)
     except UsageError as error:
@@ -112,7 +115,12 @@ def _positive(kind: type) -> Callable[[str], Any]:
 
 
 def _ops(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ops", nargs="*", metavar="op", help="names of ops; none means all")
+    parser.add_argument(
+        "ops",
+        nargs="*",
+        metavar="op",
+        help="names of ops; none means all. my_package.specs or file.py: yours",
+    )
 
 
 def _selection(parser: argparse.ArgumentParser) -> None:

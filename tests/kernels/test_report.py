@@ -103,11 +103,25 @@ def test_what_failed_is_shown_with_its_reason_as_text(command, parsed, swiglu, t
         row.failed("incorrect", "off by <b>3</b>") if row.impl == "native" else row for row in swiglu[1].rows
     ]
     store.append(tmp_path / "bad.jsonl", bad)
-    assert command("report", tmp_path / "bad.jsonl", "--out", tmp_path / "page.html")[0] == 0
+    over = {
+        "op": "swiglu", "impl": "triton", "case": "forward/bf16", "device": "sm_90", "status": "incorrect",
+        "reason": "registers 40, budget 32", "registers": 40, "spills": 8,
+        "budget": {"registers": 32, "spills": 0},
+    }  # fmt: skip
+    (tmp_path / "budget.json").write_text(json.dumps([over]))
+    words = ("--out", tmp_path / "page.html", "--budget", tmp_path / "budget.json")
+    assert command("report", tmp_path / "bad.jsonl", *words)[0] == 0
     text = (tmp_path / "page.html").read_text()
-    assert parsed(text).cells.count("off by <b>3</b>") == 6
+    cells = parsed(text).cells
+    assert cells.count("off by <b>3</b>") == 6
     assert "<b>3</b>" not in text
     assert '<div class="card bad"><b>6</b>incorrect</div>' in text
+    assert "40 (budget 32)" in cells
+    assert "incorrect: registers 40, budget 32" in cells
+    (tmp_path / "budget.json").write_text('{"rows": 1}')
+    code, _, err = command("report", tmp_path / "bad.jsonl", *words)
+    assert code == 64
+    assert "it is not what `rlhf-kernels budget --json` prints" in err
 
 
 def test_roofs_of_this_machine_are_drawn(swiglu, monkeypatch, tmp_path):
@@ -145,24 +159,6 @@ def test_sizes_that_differ_by_a_mask_are_one():
     found = plots.sizes(forward)
     assert len(set(found.values())) == 3, "64x1024, 512x1024 and 4096x2048, masked or not"
     assert len(found) > 3
-
-
-def test_measured_budgets(command, parsed, stored, tmp_path):
-    over = {
-        "op": "swiglu", "impl": "triton", "case": "forward/bf16", "device": "sm_90", "status": "incorrect",
-        "reason": "registers 40, budget 32", "registers": 40, "spills": 8,
-        "budget": {"registers": 32, "spills": 0},
-    }  # fmt: skip
-    (tmp_path / "budget.json").write_text(json.dumps([over]))
-    words = ("--out", tmp_path / "page.html", "--budget", tmp_path / "budget.json")
-    assert command("report", stored, *words)[0] == 0
-    cells = parsed((tmp_path / "page.html").read_text()).cells
-    assert "40 (budget 32)" in cells
-    assert "incorrect: registers 40, budget 32" in cells
-    (tmp_path / "budget.json").write_text('{"rows": 1}')
-    code, _, err = command("report", stored, *words)
-    assert code == 64
-    assert "it is not what `rlhf-kernels budget --json` prints" in err
 
 
 def test_broken_files(command, stored, tmp_path):

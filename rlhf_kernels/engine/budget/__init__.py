@@ -12,6 +12,7 @@ Nothing is timed or run on a GPU: a kernel within its budget may still be slow o
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def run(
     chosen = select_ops(specs, ops)
     targets = known("target", targets, TARGETS) or list(TARGETS)
     kinds = known("kind", kinds, KINDS) or list(KINDS)
-    if update and not CSRC.is_dir():
+    if update and directory == DIRECTORY and not CSRC.is_dir():
         raise ValueError("budgets are updated in a checkout of the sources, and this is an installed package")
     tools = {kind: KINDS[kind].tool() for kind in kinds if KINDS[kind].missing() is None}
     measured = [one for kind in kinds for one in _measure(kind, chosen, targets, package)]
@@ -85,6 +86,18 @@ def run(
     for ledger in ledgers if update else ():
         ledger.save()
     return rows
+
+
+def places(package: str) -> dict[str, Path]:
+    """Where the budgets of a package of specs are and where a reason goes, as arguments of `run`.
+
+    Those of one's own specs lie in `budgets/` beside the file or package, with its own CHANGELOG.md.
+    """
+    if package == "rlhf_kernels.ops":
+        return {}
+    found = package if package.endswith(".py") else importlib.import_module(package).__file__
+    beside = Path(found).parent
+    return {"directory": beside / "budgets", "changelog": beside / "CHANGELOG.md"}
 
 
 def exit_code(rows: Iterable[dict[str, Any]]) -> int:
