@@ -25,7 +25,7 @@ from typing import Any
 from rlhf_kernels.engine import stats
 from rlhf_kernels.engine.results import Entry, Machine
 from rlhf_kernels.engine.row import Row
-from rlhf_kernels.engine.show import SHORT
+from rlhf_kernels.engine.show import short
 
 LEAST_STEP = 1.02
 SHORTEST = 2
@@ -139,7 +139,7 @@ class Series:
     def title(self) -> str:
         """'swiglu small fwd native'."""
         op, case, dtype, direction, impl, _ = self.key
-        return f"{op} {case} {dtype} {SHORT[direction]}, {impl}"
+        return f"{op} {case} {dtype} {short(direction)}, {impl}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -15,7 +15,7 @@ from rlhf_kernels.engine import results
 from rlhf_kernels.engine.commands import OK, print_json
 from rlhf_kernels.engine.report import plots, svg
 from rlhf_kernels.engine.select import UsageError, known, unknown
-from rlhf_kernels.engine.show import SHORT
+from rlhf_kernels.engine.show import short
 from rlhf_kernels.engine.table import print_notes, print_table
 from rlhf_kernels.runtime.files import write_aside
 
@@ -65,7 +65,7 @@ def history(args: argparse.Namespace) -> int:
         return OK
     show = plots.SHOW[args.metric]
     lines = [
-        [*one.key[:3], SHORT[one.key[3]], one.key[4], one.machine, str(len(one.points)),
+        [*one.key[:3], short(one.key[3]), one.key[4], one.machine, str(len(one.points)),
          show(one.levels[-1][2]), f"{one.noise:.1%}", one.told]
         for one in chosen
     ]  # fmt: skip

@@ -17,6 +17,11 @@ from rlhf_kernels.engine.tune import Outcome, text
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
 
 
+def short(direction: str) -> str:
+    """'fwd' for forward; what has no short form is shown as it is."""
+    return SHORT.get(direction, direction)
+
+
 def doctor(findings: Iterable[Finding]) -> None:
     """One table; a topic is named once."""
     rows = []

@@ -16,7 +16,7 @@ from rlhf_kernels.engine.report import svg
 from rlhf_kernels.engine.results import Entry, commands
 from rlhf_kernels.engine.roofs import Roofs
 from rlhf_kernels.engine.row import Row
-from rlhf_kernels.engine.show import SHORT
+from rlhf_kernels.engine.show import short
 from rlhf_kernels.engine.table import duration, size
 from rlhf_kernels.runtime.dispatch import BACKENDS
 
@@ -77,7 +77,7 @@ def latency(entries: Sequence[Entry]) -> list[Figure]:
     """Time against bytes moved, a figure an op, direction and dtype that has two sizes or more."""
     groups: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
-        groups[entry.row.op, SHORT[entry.row.direction], entry.row.dtype].append(entry)
+        groups[entry.row.op, short(entry.row.direction), entry.row.dtype].append(entry)
     return [
         _latency(" ".join(names), found, _style_of(names[0], entries))
         for names, found in groups.items()
@@ -165,7 +165,7 @@ def _speedups(
 ) -> Figure:
     places: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for entry in entries:
-        places[entry.row.case, SHORT[entry.row.direction]].append(entry.row)
+        places[entry.row.case, short(entry.row.direction)].append(entry.row)
     names = order(e.row.impl for e in entries)
     title = f"{op} {dtype} over {_called(baseline)}"
     with svg.figure(height=0.9 + 0.16 * len(entries) + 0.14 * len(places)) as (drawn, axes):

@@ -15,7 +15,7 @@ from rlhf_kernels.engine.implementations import COMPILED, EAGER
 from rlhf_kernels.engine.report import plots
 from rlhf_kernels.engine.results import Entry, Machine, commands
 from rlhf_kernels.engine.row import Row
-from rlhf_kernels.engine.show import SHORT
+from rlhf_kernels.engine.show import short
 from rlhf_kernels.engine.table import duration, figure, size
 
 
@@ -107,7 +107,7 @@ def times(timed: Sequence[Entry]) -> Table:
             gain = Cell(own + over, row.speedup)
         lines.append([
             Cell(row.op, row.op), Cell(row.case, row.case), Cell(row.dtype, row.dtype),
-            Cell(SHORT[row.direction], row.direction),
+            Cell(short(row.direction), row.direction),
             Cell(f"{row.impl} {row.version or ''}".strip(), row.impl),
             Cell(duration(row.median_us, spread), row.median_us),
             Cell(within, spread / row.median_us, "minor"), gain,
@@ -142,7 +142,7 @@ def errors(entries: Sequence[Entry]) -> Table:
             Cell(f"{len(rows) - bad} of {len(rows)}", bad, "bad" if bad else ""),
             Cell(f"{worst.error:.2g}", worst.error), Cell(f"{worst.allowed or 0:.2g}", worst.allowed or 0),
             Cell(f"{_used(worst):.0%}", _used(worst), "bad" if _used(worst) > 1 else ""),
-            Cell(f"{worst.case} {SHORT[worst.direction]}", worst.case, "minor"),
+            Cell(f"{worst.case} {short(worst.direction)}", worst.case, "minor"),
         ])  # fmt: skip
     names = ("op", "implementation", "dtype", ">right", ">error", ">allowed", ">share", "worst at")
     caption = (
@@ -166,7 +166,7 @@ def failures(entries: Sequence[Entry]) -> Table:
         [
             Cell(e.row.status, rank[e.row.status], "bad" if e.row.status != "unavailable" else "minor-text"),
             Cell(e.row.op, e.row.op), Cell(e.row.impl, e.row.impl), Cell(e.row.case, e.row.case),
-            Cell(e.row.dtype, e.row.dtype), Cell(SHORT[e.row.direction], e.row.direction),
+            Cell(e.row.dtype, e.row.dtype), Cell(short(e.row.direction), e.row.direction),
             Cell(e.row.reason, e.row.reason, "wide"),
         ]
         for e in bad
@@ -181,7 +181,7 @@ def history(found: Sequence[Series]) -> Table:
     for one in found:
         level = one.levels[-1][2]
         lines.append([
-            *(Cell(name, name) for name in (*one.key[:3], SHORT[one.key[3]], one.key[4])),
+            *(Cell(name, name) for name in (*one.key[:3], short(one.key[3]), one.key[4])),
             _count(len(one.points)), Cell(plots.SHOW[one.metric](level), level),
             Cell(f"{one.noise:.1%}", one.noise),
             Cell(one.told, -len(one.steps), "wide" + " bad" * _slower(one)),
