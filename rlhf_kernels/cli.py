@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import rlhf_kernels
 from rlhf_kernels.engine import commands, reading, select, table
 from rlhf_kernels.engine.conditions import WorkerError
+from rlhf_kernels.engine.history import METRICS
 from rlhf_kernels.engine.select import UsageError
 
 _EPILOG = """\
@@ -190,9 +191,7 @@ def _history_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", metavar="NAME,..", help="ops; none means all", **many)
     parser.add_argument("--case", metavar="NAME,..", help="names or patterns such as 'palm*'", **many)
     parser.add_argument("--impl", metavar="NAME,..", help="implementations; none means all", **many)
-    parser.add_argument(
-        "--metric", choices=("time", "speedup", "roof"), default="time", help="what to follow"
-    )
+    parser.add_argument("--metric", choices=tuple(METRICS), default="time", help="what to follow")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw each as an SVG file")
 
 

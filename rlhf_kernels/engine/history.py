@@ -11,6 +11,8 @@ step. The noise is a robust scale of the differences from run to run, which a st
 the uncertainty of the runs' own medians while there are few. The penalty, 5 log(n) (1 + 10 / n), was found by
 simulation: of series without a step (normal, Laplace, exponential, and normal with one run in ten far off;
 5 to 100 runs) it calls 0 to 4 % stepped. A step of less than 2 % is not called.
+
+Figures of compilers and counters (`budget --out`) have no noise: every change is a step.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from itertools import pairwise
 from typing import Any
 
 from rlhf_kernels.engine import stats
-from rlhf_kernels.engine.results import Entry, Machine
+from rlhf_kernels.engine.results import Entry, Machine, figures
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.show import short
 
@@ -50,12 +52,23 @@ def _share(row: Row) -> tuple[float, float, float] | None:
     return (row.roof_fraction,) * 3 if row.roof_fraction else None
 
 
+def _figure(name: str) -> Value:
+    def value(row: Row) -> tuple[float, float, float] | None:
+        found = figures(row).get(name)
+        return (found,) * 3 if found else None
+
+    return value
+
+
+# Of a compiler or counter: any change is a step.
+EXACT = ("instructions", "registers")
 # What is followed: a value with its interval, and whether more of it is slower. The machine's drift is in a
 # time, and cancels in what is measured against something of the same rounds.
 METRICS: dict[str, tuple[Value, bool]] = {
     "time": (_time, True),
     "speedup": (_speedup, False),
     "roof": (_share, False),
+    **{name: (_figure(name), True) for name in EXACT},
 }
 
 
@@ -99,6 +112,11 @@ class Step:
         """Change of the value in percent."""
         return (self.after / self.before - 1) * 100
 
+    def shown(self, sign: str = "") -> str:
+        """'12 %' or '0.34 %'; with '+' or '-' in front where `sign` is '+'."""
+        value = self.percent if sign else abs(self.percent)
+        return f"{value:{sign}.0f} %" if abs(value) >= 10 else f"{value:{sign}.2g} %"
+
 
 @dataclass
 class Series:
@@ -125,12 +143,12 @@ class Series:
     @property
     def told(self) -> str:
         """The steps in a sentence each."""
-        if len(self.points) < FEWEST:
+        if len(self.points) < FEWEST and self.metric not in EXACT:
             return f"{len(self.points)} runs: too few to tell."
         if not self.steps:
             return f"No step in {len(self.points)} runs."
         return " ".join(
-            f"{step.verdict.capitalize()} by {abs(step.percent):.0f} % from run "
+            f"{step.verdict.capitalize()} by {step.shown()} from run "
             f"#{self.points[step.at].number} ({', '.join(step.changed) or 'nothing else changed'})."
             for step in self.steps
         )
@@ -138,8 +156,9 @@ class Series:
     @property
     def title(self) -> str:
         """'swiglu small fwd native'."""
-        op, case, dtype, direction, impl, _ = self.key
-        return f"{op} {case} {dtype} {short(direction)}, {impl}"
+        op, case, dtype, direction, impl, device = self.key
+        where = f"{dtype} {short(direction)}" if direction else device
+        return f"{op} {case} {where}, {impl}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -181,6 +200,24 @@ def series(machines: Iterable[Machine], metric: str = "time") -> list[Series]:
 
 def fitted(one: Series) -> Series:
     """The same series with noise, levels and steps filled in."""
+    if one.metric in EXACT:
+        cuts = [i for i, (a, b) in enumerate(pairwise(one.points), 1) if a.value != b.value]
+        one.levels = _levels(one.points, cuts)
+    else:
+        cuts = _noisy(one)
+    _, more_is_slower = METRICS[one.metric]
+    one.steps = [
+        Step(
+            at, before, after, "slower" if (after > before) == more_is_slower else "faster",
+            _changed(one.points[at - 1].fingerprint, one.points[at].fingerprint),
+        )
+        for at, (*_, before), (*_, after) in zip(cuts, one.levels, one.levels[1:])
+    ]  # fmt: skip
+    return one
+
+
+def _noisy(one: Series) -> list[int]:
+    """Fills in noise and levels of what scatters; returns where levels change."""
     logs = [math.log(p.value) for p in one.points]
     own = stats.median([math.log(p.high / p.low) / 2 / 1.96 for p in one.points])
     one.noise = noise(logs, own)
@@ -193,15 +230,7 @@ def fitted(one: Series) -> Series:
     ]:  # fmt: skip
         cuts.remove(small[0])
         one.levels = _levels(one.points, cuts)
-    _, more_is_slower = METRICS[one.metric]
-    one.steps = [
-        Step(
-            at, before, after, "slower" if (after > before) == more_is_slower else "faster",
-            _changed(one.points[at - 1].fingerprint, one.points[at].fingerprint),
-        )
-        for at, (*_, before), (*_, after) in zip(cuts, one.levels, one.levels[1:])
-    ]  # fmt: skip
-    return one
+    return cuts
 
 
 def _levels(points: Sequence[Point], cuts: Sequence[int]) -> list[tuple[int, int, float]]:

@@ -52,7 +52,7 @@ class Machine:
                 yield Entry(row, run, number)
 
     def newest(self) -> list[Entry]:
-        """The newest row of each measurement, ordered by op, case, dtype, direction.
+        """The newest row of each measurement, ordered by op, case, dtype, direction; budgets are left out.
 
         The rows of `check` and of `bench` share their names and are kept apart: a later check does not hide
         a time.
@@ -60,8 +60,17 @@ class Machine:
         found: dict[tuple[Any, ...], Entry] = {}
         timed = {number for number, run in self.runs if any(row.median_us for row in run.rows)}
         for entry in self.entries():
-            found[(*entry.row.key, entry.number in timed)] = entry
+            if not figures(entry.row):
+                found[(*entry.row.key, entry.number in timed)] = entry
         return sorted(found.values(), key=lambda e: (e.row.op, e.row.case, e.row.dtype, e.row.direction))
+
+    def budgets(self) -> list[dict[str, Any]]:
+        """The newest row of each budgeted kernel, as `rlhf-kernels budget --json` prints it."""
+        found = {entry.row.key: entry.row for entry in self.entries() if figures(entry.row)}
+        names = ("op", "impl", "case", "device", "status", "reason")
+        return [
+            {name: getattr(row, name) for name in names} | figures(row) | row.notes for row in found.values()
+        ]
 
 
 @dataclass
@@ -87,6 +96,11 @@ class Results:
             machine.fingerprint = run.fingerprint
             machine.runs.append((number, run))
         return sorted(found.values(), key=lambda m: -sum(len(run.rows) for _, run in m.runs))
+
+
+def figures(row: Row) -> dict[str, int]:
+    """What `budget` found of a kernel; empty for a row of anything else."""
+    return getattr(row, "figures", None) or {}
 
 
 def load(paths: Sequence[Path]) -> Results:

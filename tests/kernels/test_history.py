@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_kernels.engine import history, results, store
+from rlhf_kernels.engine.row import Row
 
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu-2026-11-20.jsonl"
 
@@ -118,6 +119,46 @@ def test_a_step_says_what_changed():
     assert one.told == "Slower by 20 % from run #5 (torch 2.12 to 2.13, commit aaaaaaa to bbbbbbb, build)."
     assert one.points[4].commit == "bbbbbbb+"
     assert followed(values).told == "Slower by 20 % from run #5 (nothing else changed)."
+
+
+@dataclasses.dataclass
+class Budgeted(Row):
+    """A row of `budget --out`."""
+
+    figures: dict = dataclasses.field(default_factory=dict)
+    notes: dict = dataclasses.field(default_factory=dict)
+
+
+def _budgets(*counts):
+    """Runs of budget, one a count of instructions."""
+    runs = []
+    for n, count in enumerate(counts, 1):
+        row = Budgeted("gae", "host", "host/gae", "", "", "v3", figures={"instructions": count}, notes={})
+        row.notes = {"budget": {"instructions": counts[0]}}
+        if count > counts[0]:
+            row.status, row.reason = "incorrect", f"instructions {count}, budget {counts[0]}"
+        runs.append(store.Run("rlhf-kernels budget", {"processor": "X"}, [row], started=f"2026-01-0{n}"))
+    return results.Results([], runs, [])
+
+
+def test_counted_figures_step_at_every_change():
+    (one,) = history.series(_budgets(1000, 1000, 1010).machines(), "instructions")
+    (step,) = one.steps
+    assert (step.at, step.before, step.after, step.verdict) == (2, 1000, 1010, "slower")
+    assert one.title == "gae host/gae v3, host"
+    assert (step.shown(), step.shown("+")) == ("1 %", "+1 %")
+    assert history.series(_budgets(1000, 1010).machines(), "time") == []
+    assert history.series(_budgets(1000, 1000).machines(), "instructions")[0].told == "No step in 2 runs."
+
+
+def test_stored_budgets_are_in_the_report(parsed):
+    pytest.importorskip("matplotlib")
+    from rlhf_kernels.engine import report
+
+    cells = parsed(report.build(_budgets(1000, 1010), "rlhf-kernels report")).cells
+    assert "1,010 (budget 1,000)" in cells
+    assert "incorrect: instructions 1010, budget 1000" in cells
+    assert "Slower by 1 % from run #2 (nothing else changed)." in cells
 
 
 def _scaled(run, number, factor, commit):

@@ -40,7 +40,8 @@ def build(results: Results, command: str, budgets: Sequence[Path] = (), title: s
     Args:
         results: what is shown.
         command: how this report was made.
-        budgets: files of `rlhf-kernels budget --json`; none shows the committed budgets of the ops.
+        budgets: files of `rlhf-kernels budget --json`, besides what `budget --out` put among the results;
+            where there is neither, the committed budgets of the ops are shown.
         title: of the page.
 
     Raises:
@@ -50,8 +51,10 @@ def build(results: Results, command: str, budgets: Sequence[Path] = (), title: s
         raise UsageError(reason)
     import jinja2
 
+    found = results.machines()
     measured = [row for path in budgets for row in _budget_rows(path)]
-    machines = [_section(machine) for machine in results.machines()]
+    measured += [row for machine in found for row in machine.budgets()]
+    machines = [_section(machine) for machine in found]
     ops = {row.op for run in results.runs for row in run.rows}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_TEMPLATE.read_text()).render(
@@ -65,6 +68,8 @@ def _section(machine: Machine) -> dict[str, Any]:
     """What the template shows of one machine."""
     newest = machine.newest()
     followed = [one for one in history.series([machine]) if one.key[4] in plots.OURS]
+    counted = [one for name in history.EXACT for one in history.series([machine], name) if one.steps]
+    followed += counted
     timed = [entry for entry in newest if entry.row.median_us is not None]
     return {
         "title": machine.title,
@@ -87,7 +92,7 @@ def _section(machine: Machine) -> dict[str, Any]:
 
 def _worth_drawing(found: Sequence[history.Series]) -> list[history.Series]:
     """Series long enough to tell something, those with steps first, the largest of them foremost."""
-    long = [one for one in found if len(one.points) >= history.FEWEST]
+    long = [one for one in found if one.steps or len(one.points) >= history.FEWEST]
     size = {id(one): max([0.0, *(abs(step.percent) for step in one.steps)]) for one in long}
     return sorted(long, key=lambda one: -size[id(one)])[:_MOST_HISTORIES]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_kernels.engine import stats
-from rlhf_kernels.engine.history import Series
+from rlhf_kernels.engine.history import EXACT, Series
 from rlhf_kernels.engine.implementations import COMPILED, EAGER
 from rlhf_kernels.engine.report import svg
 from rlhf_kernels.engine.results import Entry, commands
@@ -295,7 +295,9 @@ def history(found: Sequence[Series], commands: Mapping[int, str]) -> list[Figure
     return [_history(one, commands) for one in found]
 
 
-SHOW = {"time": duration, "speedup": "{:.3g}x".format, "roof": "{:.0%}".format}
+SHOW = {"time": duration, "speedup": "{:.3g}x".format, "roof": "{:.0%}".format} | dict.fromkeys(
+    EXACT, "{:,.0f}".format
+)
 
 
 def _history(one: Series, commands: Mapping[int, str]) -> Figure:
@@ -317,7 +319,7 @@ def _history(one: Series, commands: Mapping[int, str]) -> Figure:
         for step in one.steps:
             axes.axvline(step.at - 0.5, color=svg.SERIES[1], linestyle="--", linewidth=1.2)
             axes.annotate(
-                f" {step.percent:+.0f} %", (step.at - 0.5, 1), xycoords=("data", "axes fraction"), va="top",
+                f" {step.shown('+')}", (step.at - 0.5, 1), xycoords=("data", "axes fraction"), va="top",
                 color=svg.SERIES[1],
             )  # fmt: skip
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(show(value))))
@@ -327,7 +329,8 @@ def _history(one: Series, commands: Mapping[int, str]) -> Figure:
         axes.set_xlim(-0.6, len(points) - 0.4)
         axes.set_xlabel(f"run ({points[0].started[:10]} to {points[-1].started[:10]})")
         drawing = svg.inline(drawn, f"History of {one.title}: {one.told}")
-    caption = f"{one.told} Band: twice the noise, {2 * one.noise:.1%}, around each level."
+    band = "" if one.metric in EXACT else f" Band: twice the noise, {2 * one.noise:.1%}, around each level."
+    caption = one.told + band
     typed = list(dict.fromkeys(commands[p.number] for p in points if p.number in commands))
     return Figure(one.title, drawing, caption, typed)
 

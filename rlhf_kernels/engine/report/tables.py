@@ -181,12 +181,23 @@ def history(found: Sequence[Series]) -> Table:
     for one in found:
         level = one.levels[-1][2]
         lines.append([
-            *(Cell(name, name) for name in (*one.key[:3], short(one.key[3]), one.key[4])),
+            *(Cell(name, name) for name in (*one.key[:3], short(one.key[3]), one.key[4], one.metric)),
             _count(len(one.points)), Cell(plots.SHOW[one.metric](level), level),
             Cell(f"{one.noise:.1%}", one.noise),
             Cell(one.told, -len(one.steps), "wide" + " bad" * _slower(one)),
         ])  # fmt: skip
-    names = ("op", "case", "dtype", "dir", "implementation", ">runs", ">level now", ">noise", "steps")
+    names = (
+        "op",
+        "case",
+        "dtype",
+        "dir",
+        "implementation",
+        "metric",
+        ">runs",
+        ">level now",
+        ">noise",
+        "steps",
+    )
     return Table("History", names, lines, "Stored runs of this machine; the noise is that of one run.")
 
 
