@@ -53,6 +53,21 @@ def test_the_page_stands_alone(command, parsed, swiglu, stored, tmp_path):
     assert text.count(swiglu[1].command) >= 8, "each part says how it was measured"
 
 
+def test_what_a_phone_leaves_out_is_left_out_of_heads_and_rows(stored):
+    page = report.build(results.load([stored]), "rlhf-kernels report")
+    found = re.findall(r"<table>.*?</table>", page, flags=re.S)
+    hidden = 0
+    for text in found:
+        heads, *rows = (
+            ["minor" in c.split() for c in re.findall(r'<t[hd][^>]*class="([^"]*)"', row)]
+            for row in re.findall(r"<tr>.*?</tr>", text, flags=re.S)
+        )
+        assert rows
+        assert all(row == heads for row in rows)
+        hidden += sum(heads)
+    assert hidden >= 5
+
+
 def test_every_time_is_in_the_table_once(swiglu):
     (machine,) = results.Results([], swiglu, []).machines()
     newest = machine.newest()
