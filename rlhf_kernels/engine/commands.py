@@ -200,15 +200,12 @@ def budget(args: argparse.Namespace) -> int:
 
     Registers, spills, shared memory, matrix instructions, and instruction counts of the CPU kernels. Needs no
     GPU. Exits with 1 where a budget is exceeded, with 2 where a kernel does not compile and with 3 where the
-    budgets were recorded with other compilers. Those of your own specs lie in budgets/ beside them.
+    budgets were recorded with other compilers.
     """
     from rlhf_kernels.engine import budget as guards
 
     try:
-        rows = guards.run(
-            args.ops, args.target, args.kind, args.update, args.reason,
-            package=args.specs, **guards.places(args.specs),
-        )  # fmt: skip
+        rows = guards.run(args.ops, args.target, args.kind, args.update, args.reason, package=args.specs)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if args.json:

@@ -37,8 +37,8 @@ def run(
     reason: str = "",
     *,
     package: str = "rlhf_kernels.ops",
-    directory: Path = DIRECTORY,
-    changelog: Path = ROOT / "CHANGELOG.md",
+    directory: Path | None = None,
+    changelog: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Measures kernels and compares them with their budgets.
 
@@ -49,8 +49,8 @@ def run(
         update: write the new figures down. Tightening and first budgets are free.
         reason: why budgets are loosened; written to the changelog.
         package: where the specs are.
-        directory: where the budgets are.
-        changelog: where a reason goes.
+        directory: where the budgets are; of one's own specs, `budgets/` beside them, where none is given.
+        changelog: where a reason goes; CHANGELOG.md beside one's own specs.
 
     Returns:
         One row a kernel, configuration and target: op, impl, case, device, status, reason, the figures with
@@ -60,6 +60,8 @@ def run(
         ValueError: an unknown op, target or kind; an update that would loosen and has no reason.
     """
     specs = load_specs(package)
+    usual = _places(package)
+    directory, changelog = directory or usual[0], changelog or usual[1]
     chosen = select_ops(specs, ops)
     targets = known("target", targets, TARGETS) or list(TARGETS)
     kinds = known("kind", kinds, KINDS) or list(KINDS)
@@ -88,16 +90,13 @@ def run(
     return rows
 
 
-def places(package: str) -> dict[str, Path]:
-    """Where the budgets of a package of specs are and where a reason goes, as arguments of `run`.
-
-    Those of one's own specs lie in `budgets/` beside the file or package, with its own CHANGELOG.md.
-    """
-    if package == "rlhf_kernels.ops":
-        return {}
+def _places(package: str) -> tuple[Path, Path]:
+    """Where the budgets of a package of specs are, and the changelog for its reasons."""
+    if package.partition(".")[0] == "rlhf_kernels":
+        return DIRECTORY, ROOT / "CHANGELOG.md"
     found = package if package.endswith(".py") else importlib.import_module(package).__file__
-    beside = Path(found).parent
-    return {"directory": beside / "budgets", "changelog": beside / "CHANGELOG.md"}
+    beside = Path(found).parent if found else Path.cwd()  # a namespace has no file
+    return beside / "budgets", beside / "CHANGELOG.md"
 
 
 def exit_code(rows: Iterable[dict[str, Any]]) -> int:
