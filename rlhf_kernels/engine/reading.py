@@ -65,7 +65,7 @@ def history(args: argparse.Namespace) -> int:
         return OK
     show = plots.SHOW[args.metric]
     lines = [
-        [*one.key[:3], short(one.key[3]), one.key[4], one.machine, str(len(one.points)),
+        [*one.key[:3], short(one.key[3]) or one.key[5], one.key[4], one.machine, str(len(one.points)),
          show(one.levels[-1][2]), f"{one.noise:.1%}", one.told]
         for one in chosen
     ]  # fmt: skip

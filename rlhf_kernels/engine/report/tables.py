@@ -179,9 +179,9 @@ def history(found: Sequence[Series]) -> Table:
     """A line a series: where it stands and how it came there."""
     lines = []
     for one in found:
-        level = one.levels[-1][2]
+        level, (*place, direction, impl, device) = one.levels[-1][2], one.key
         lines.append([
-            *(Cell(name, name) for name in (*one.key[:3], short(one.key[3]), one.key[4], one.metric)),
+            *(Cell(name, name) for name in (*place, short(direction) or device, impl, one.metric)),
             _count(len(one.points)), Cell(plots.SHOW[one.metric](level), level),
             Cell(f"{one.noise:.1%}", one.noise),
             Cell(one.told, -len(one.steps), "wide" + " bad" * _slower(one)),
