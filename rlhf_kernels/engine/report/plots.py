@@ -117,7 +117,7 @@ def _latency(title: str, entries: Sequence[Entry], style: Mapping[str, int]) -> 
         axes.plot(list(least), list(least.values()), "--", color=svg.MUTED, linewidth=1, label="roof")
         _log_axes(axes, size, lambda value: duration(value))
         axes.set_xlabel("bytes that have to be moved")
-        drawn.legend(loc="outside lower center", ncols=3)
+        _legend(drawn)
         drawing = svg.inline(drawn, f"Time against size: {title}")
     caption = (
         "A mark a case, a line through the median at each size, the band from the first to the third "
@@ -138,7 +138,8 @@ def _log_axis(axis: Any, show: Callable[[float], str]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=7))
+    subs = (1, 1.5, 2, 3, 5, 7) if high < 4 * low else (1, 2, 5) if high < 30 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(show(value))))
     axis.set_minor_formatter(NullFormatter())
 
@@ -146,6 +147,12 @@ def _log_axis(axis: Any, show: Callable[[float], str]) -> None:
 def _plain(text: str) -> str:
     """'10 us' for '10.0 us'."""
     return re.sub(r"\.0+(?= |$)", "", text)
+
+
+def _legend(drawn: Any) -> None:
+    """Below the axes, in as many columns as the longest name leaves room for."""
+    longest = max(len(text) for axes in drawn.axes for text in axes.get_legend_handles_labels()[1])
+    drawn.legend(loc="outside lower center", ncols=3 if longest <= 14 else 2)
 
 
 def speedups(entries: Sequence[Entry]) -> list[Figure]:
@@ -186,8 +193,8 @@ def _speedups(
         _log_axis(axes.xaxis, lambda value: f"{value:g}x")
         axes.set_yticks([where for where, _ in ticks], [text for _, text in ticks])
         axes.grid(False, axis="y")
-        axes.invert_yaxis()
-        drawn.legend(loc="outside lower center", ncols=3)
+        axes.set_ylim(max(at - 0.9, 2), -0.9)
+        _legend(drawn)
         drawing = svg.inline(drawn, f"Speed-up: {title}")
     caption = f"Time of {_called(baseline)} over the time of each, by rounds; whiskers: 95 % interval."
     return Figure(title, drawing, caption, commands(entries))
@@ -260,7 +267,7 @@ def _roofline(dtype: str, entries: Sequence[Entry], roofs: Roofs | None) -> Figu
         for ys, label in zip(tops, (None, "roofs")):
             axes.plot(xs, ys, color=svg.MUTED, linewidth=1, label=label)
         for number, op in enumerate(sorted({key[0] for key in ours})):
-            color, marker = svg.SERIES[number % 8], svg.MARKERS[number % 8]
+            color, marker = svg.SERIES[number % 8], svg.MARKERS[(number + number // 8) % 8]
             for key in (key for key in ours if key[0] == op):
                 moved, flops = work(ours[key].row)
                 y = flops / ours[key].row.median_us / 1e3
@@ -273,7 +280,7 @@ def _roofline(dtype: str, entries: Sequence[Entry], roofs: Roofs | None) -> Figu
         _log_axes(axes, "{:g}".format, "{:g}".format)
         axes.set_xlabel("operations a byte")
         axes.set_ylabel("GFLOP/s")
-        drawn.legend(loc="outside lower center", ncols=3)
+        _legend(drawn)
         drawing = svg.inline(drawn, f"Roofline, {dtype}")
     source = "measured on this machine" if roofs and roofs.copy else "those timed beside the rows"
     product = f"level: a matrix product, {level / 1e9:.3g} GFLOP/s" if level else "no matrix product is known"
