@@ -4,7 +4,8 @@
     pytest benchmarks --benchmark-enable -k "swiglu and small"
 
 One group is one op, case, dtype and direction. `rlhf-kernels bench` measures the same in interleaved rounds,
-which is the fairer comparison; this suite is for `--benchmark-save`, `--benchmark-compare` and histograms.
+which is the fairer comparison; this suite is for `--benchmark-save`, `--benchmark-compare` and histograms;
+`--benchmark-compare-fail=median:20%` is the coarse net. How it times: pytest_rlhf_kernels.py.
 """
 
 from functools import lru_cache
@@ -62,7 +63,8 @@ def _candidate(names, name):
 
 
 @pytest.mark.parametrize(("names", "name", "direction"), list(_grid()))
-def test_op(benchmark, names, name, direction):
+def test_op(kernel_benchmark, names, name, direction):
+    benchmark = kernel_benchmark.benchmark
     if benchmark.disabled:
         pytest.skip("timings are taken with --benchmark-enable; correctness has tests of its own")
     candidate = _candidate(names, name)
@@ -72,20 +74,7 @@ def test_op(benchmark, names, name, direction):
     if row.status == "unavailable":
         pytest.skip(row.reason)
     assert row.status == "ok", f"not timed, because it is {row.status}: {row.reason}"
-
-    def synchronised():
-        call()
-        torch.cuda.synchronize(DEVICE)
-
     benchmark.group = " ".join((*names, direction))
-    with candidate.implementation.context():
-        benchmark(call if DEVICE.type == "cpu" else synchronised)
+    info = {"error": row.error, "allowed": row.allowed, "version": row.version}
     costs = costs_of(*MEASUREMENTS[names], direction)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info |= {
-        "error": row.error,
-        "allowed": row.allowed,
-        "gbps": sum(c.bytes for c in costs) / seconds / 1e9,
-        "tflops": sum(c.flops for c in costs) / seconds / 1e12,
-        "version": row.version,
-    }
+    kernel_benchmark.timed(call, DEVICE, DTYPE, costs, info, candidate.implementation.context)

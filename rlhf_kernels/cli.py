@@ -1,4 +1,5 @@
-"""The command `rlhf-kernels`: doctor, list, check, bench, compare, regress, tune, budget, patch.
+"""The command `rlhf-kernels`: doctor, list, check, bench, compare, regress, tune, budget, report,
+history, patch.
 
 Every command works without a GPU, takes --json, and writes tables for people: rich on a terminal, Markdown in
 a pipe. What it measured so far is kept when it is interrupted.
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import rlhf_kernels
-from rlhf_kernels.engine import commands, gate, select, table
+from rlhf_kernels.engine import commands, gate, reading, select, table
 from rlhf_kernels.engine.conditions import WorkerError
+from rlhf_kernels.engine.history import METRICS
 from rlhf_kernels.engine.select import UsageError
 
 _EPILOG = """\
@@ -28,6 +30,8 @@ examples:
   rlhf-kernels compare main head.jsonl         a verdict on every row, and an exit code for a CI
   rlhf-kernels regress gae --base main         build main and HEAD, measure them by turns
   rlhf-kernels tune swiglu                     find the best grain here; read back at run time
+  rlhf-kernels check my_package.specs          a kernel of your own (examples/own_kernel.py)
+  rlhf-kernels report results.jsonl            one HTML page of what bench --out has stored
   rlhf-kernels patch verl --check              a patched stack against itself: differences, time, memory
 
 exit codes: 0 fine, 1 regression, 2 incorrect, 3 environments differ, 64 usage,
@@ -52,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         args = _parser().parse_args(_known_command(argv))
+        if getattr(args, "ops", None):
+            args.specs, args.ops = select.specs_named(args.ops, args.specs)
         args.line = shlex.join(["rlhf-kernels", *argv])
         return args.run(args)
     except UsageError as error:
@@ -115,7 +121,12 @@ def _positive(kind: type) -> Callable[[str], Any]:
 
 
 def _ops(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ops", nargs="*", metavar="op", help="names of ops; none means all")
+    parser.add_argument(
+        "ops",
+        nargs="*",
+        metavar="op",
+        help="names of ops; none means all. my_package.specs or file.py: yours",
+    )
 
 
 def _selection(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +227,35 @@ def _patch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=_positive(float), default=1.0, help="for the times of a function")
 
 
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    _results(parser)
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="the page")
+    parser.add_argument("--title", default="", help="its heading")
+    parser.add_argument(
+        "--budget", type=Path, action="append", default=[], metavar="FILE.json", help="of budget --json"
+    )
+
+
+def _results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "results",
+        nargs="+",
+        type=Path,
+        metavar="RESULTS",
+        help="files of bench --out, or directories",
+    )
+
+
+def _history_options(parser: argparse.ArgumentParser) -> None:
+    _results(parser)
+    many = {"action": "extend", "type": _words, "default": []}
+    parser.add_argument("--op", metavar="NAME,..", help="ops; none means all", **many)
+    parser.add_argument("--case", metavar="NAME,..", help="names or patterns such as 'palm*'", **many)
+    parser.add_argument("--impl", metavar="NAME,..", help="implementations; none means all", **many)
+    parser.add_argument("--metric", choices=tuple(METRICS), default="time", help="what to follow")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw each as an SVG file")
+
+
 Run = Callable[[argparse.Namespace], int]
 COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "doctor": (commands.doctor, lambda parser: None),
@@ -226,5 +266,7 @@ COMMANDS: dict[str, tuple[Run, Callable[[argparse.ArgumentParser], None]]] = {
     "regress": (gate.regress, _regress_options),
     "tune": (commands.tune_ops, _timing),
     "budget": (commands.budget, _budget_options),
+    "report": (reading.report, _report_options),
+    "history": (reading.history, _history_options),
     "patch": (commands.patch, _patch_options),
 }

@@ -300,7 +300,7 @@ def patch(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     if args.json:
-        _print_json(rows)
+        print_json(rows)
     else:
         (show.targets if args.target is None else show.patch)(rows, args.check)
     return INCORRECT if any(row.get("status") == "incorrect" for row in rows) else OK

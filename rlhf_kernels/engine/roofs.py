@@ -74,6 +74,11 @@ def roofs_for(device: torch.device, threads: int, dtypes: list[torch.dtype]) -> 
     return roofs
 
 
+def remembered(machine: str) -> Roofs | None:
+    """The roofs of a machine (`fingerprint.machine_id`) where they were measured before, else None."""
+    return _read(cache_directory() / "roofs.json").get(machine)
+
+
 def _read(path: Any) -> dict[str, Roofs]:
     """Roofs by machine; a file that is absent, broken or of another schema holds none."""
     try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from rlhf_kernels.engine.row import dtype_name
-from rlhf_kernels.engine.spec import Case, OpSpec
+from rlhf_kernels.engine.spec import Case, OpSpec, load_specs
 from rlhf_kernels.runtime.dispatch import BACKENDS
 
 TIERS = ("smoke", "typical", "large", "awkward")
@@ -52,6 +55,33 @@ def known(what: str, given: Sequence[str], names: Iterable[str]) -> list[str]:
         if name not in names:
             raise unknown(what, name, names)
     return list(given)
+
+
+def specs_named(ops: Sequence[str], otherwise: str) -> tuple[str, list[str]]:
+    """The package of specs that is named among ops, as `my_package.specs` or a .py file, and the ops left.
+
+    Args:
+        ops: names given on a command line.
+        otherwise: the package where none is named.
+
+    Raises:
+        UsageError: there are two, or one that cannot be imported or declares no op.
+    """
+    packages = [name for name in ops if "." in name or "/" in name]
+    if len(packages) > 1:
+        raise UsageError(f"expected one package of specs, got {' and '.join(packages)}")
+    if not packages:
+        return otherwise, list(ops)
+    package = str(Path(packages[0]).resolve()) if packages[0].endswith(".py") else packages[0]
+    if os.getcwd() not in sys.path:  # as the measuring processes have it, and `python -m` does
+        sys.path.insert(0, os.getcwd())
+    try:
+        load_specs(package)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except Exception as error:  # whatever a foreign file raises is what is wrong with it
+        raise UsageError(f"{packages[0]} cannot be imported: {type(error).__name__}: {error}") from None
+    return package, [name for name in ops if name not in packages]
 
 
 def select_ops(specs: Mapping[str, OpSpec], ops: Sequence[str]) -> list[OpSpec]:

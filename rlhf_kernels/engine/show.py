@@ -14,7 +14,12 @@ from rlhf_kernels.engine.spec import OpSpec
 from rlhf_kernels.engine.table import duration, figure, print_notes, print_table, size
 from rlhf_kernels.engine.tune import Outcome, text
 
-_SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
+SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
+
+
+def short(direction: str) -> str:
+    """'fwd' for forward; what has no short form is shown as it is."""
+    return SHORT.get(direction, direction)
 
 
 def doctor(findings: Iterable[Finding]) -> None:
@@ -61,13 +66,13 @@ def check(rows: Sequence[Row], verbose: bool) -> None:
         share, worst = max(used, key=lambda pair: pair[0], default=(None, None))
         where = f"{worst.case} {worst.dtype}" if worst else ""
         lines.append([
-            op, impl, _SHORT[direction], state, f"{good}/{len(judged)}", figure(share, "{:.0%}"), where,
+            op, impl, SHORT[direction], state, f"{good}/{len(judged)}", figure(share, "{:.0%}"), where,
         ])  # fmt: skip
     print_table(("op", "backend", "dir", "state", ">right", ">of allowed error", "worst at"), lines)
     shown = rows if verbose else [row for row in rows if row.status in ("incorrect", "error")]
     if shown:
         details = [
-            [row.op, row.impl, row.case, row.dtype, _SHORT[row.direction], row.status,
+            [row.op, row.impl, row.case, row.dtype, SHORT[row.direction], row.status,
              figure(row.error), figure(row.allowed), row.reason]
             for row in shown
         ]  # fmt: skip
@@ -87,7 +92,7 @@ def bench(rows: Sequence[Row], specs: Mapping[str, OpSpec]) -> None:
         lines: list[list[str]] = []
         timed = (row for row in found if row.status != "unavailable")
         for where, group in itertools.groupby(timed, lambda row: (row.case, row.dtype, row.direction)):
-            lines.append([" ".join((*where[:2], _SHORT[where[2]])), *[""] * (len(names) - 1)])
+            lines.append([" ".join((*where[:2], SHORT[where[2]])), *[""] * (len(names) - 1)])
             lines += [_timing(row) for row in group]
         print_table(names, lines, f"{op}: {specs[op].summary}")
     failed = [row for row in rows if row.status in ("incorrect", "error")]

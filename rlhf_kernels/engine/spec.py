@@ -7,10 +7,14 @@ Tests, `check`, `bench`, `tune`, `budget` and the README's table are loops over 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -211,23 +215,47 @@ def as_outputs(result: Any) -> tuple[Tensor, ...]:
 
 @cache
 def load_specs(package: str = "rlhf_kernels.ops") -> dict[str, OpSpec]:
-    """Every spec of a package's rooms by op name: its `<room>.spec` modules' SPECS, or the module's own.
+    """Every spec by op name.
+
+    Args:
+        package: a module with SPECS, a package whose rooms have `<room>.spec` modules with SPECS, or the
+            path of a Python file with SPECS.
 
     Raises:
-        ValueError: two specs bear one name.
+        ValueError: there is none, or two specs bear one name.
+        ImportError: it cannot be imported.
     """
-    root = importlib.import_module(package)
+    root = _from_file(Path(package)) if package.endswith(".py") else importlib.import_module(package)
     modules = [root]
-    if hasattr(root, "__path__"):
-        rooms = [info.name for info in pkgutil.iter_modules(root.__path__) if info.ispkg]
-        modules = [importlib.import_module(f"{package}.{room}.spec") for room in rooms]
+    if hasattr(root, "__path__") and not hasattr(root, "SPECS"):
+        rooms = [f"{package}.{info.name}.spec" for info in pkgutil.iter_modules(root.__path__) if info.ispkg]
+        modules = [importlib.import_module(room) for room in rooms if importlib.util.find_spec(room)]
     found: dict[str, OpSpec] = {}
     for module in modules:
         for spec in getattr(module, "SPECS", ()):
             if spec.name in found:
                 raise ValueError(f"two specs are named {spec.name!r} in {package}")
             found[spec.name] = spec
+    if not found:
+        raise ValueError(f"{package} declares no op: expected SPECS, a tuple of OpSpec")
     return found
+
+
+def _from_file(path: Path) -> ModuleType:
+    """Imports a file under a name that no module bears."""
+    name = f"_specs_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError:
+        del sys.modules[name]
+        raise ImportError(f"there is no file {path}") from None
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def randn(

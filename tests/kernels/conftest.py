@@ -1,10 +1,12 @@
 """What several test files share: the planted ops, and a cache of one's own."""
 
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rlhf_kernels import cli
 from rlhf_kernels.engine.spec import load_specs
 from rlhf_kernels.runtime import dispatch, tuned
 
@@ -56,3 +58,56 @@ def own_cache(monkeypatch, tmp_path):
     yield tmp_path
     monkeypatch.undo()
     forget()
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command of rlhf-kernels: exit code, standard output, standard error."""
+
+    def run(*words):
+        code = cli.main([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def parsed():
+    """Parses a page whose tags must be in balance: .ids, .refs, .counts of tags, .cells of tables."""
+    return Page
+
+
+class Page(HTMLParser):
+    """Tags in balance, ids, references, and the text of table cells."""
+
+    VOID = ("meta", "input", "br", "link", "img", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.refs, self.counts, self.cells = [], [], [], {}, []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.refs += [
+            attrs[name] for name in ("src", "href", "xlink:href", "srcset", "action") if name in attrs
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "td" in self.open:
+            self.cells[-1] += data

@@ -63,3 +63,14 @@ def test_works_without_a_compiler(bare_install):
     assert str(bare_install) in place
     assert "torch (native: no C++ compiler (no-such-compiler is not on PATH)" in choice
     assert equal == "True"
+
+
+def test_the_pytest_plugin_and_the_page_are_installed(bare_install):
+    code = (
+        "import importlib.metadata as m, pytest_rlhf_kernels; print(pytest_rlhf_kernels.__file__); "
+        "print([e.value for e in m.entry_points(group='pytest11', name='pytest_rlhf_kernels')][0]); "
+        "from rlhf_kernels.engine import report; print(report._TEMPLATE.is_file())"
+    )
+    place, value, page = _run(bare_install, code).splitlines()
+    assert str(bare_install) in place
+    assert (value, page) == ("pytest_rlhf_kernels", "True")

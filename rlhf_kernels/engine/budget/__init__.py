@@ -12,6 +12,7 @@ Nothing is timed or run on a GPU: a kernel within its budget may still be slow o
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def run(
     reason: str = "",
     *,
     package: str = "rlhf_kernels.ops",
-    directory: Path = DIRECTORY,
-    changelog: Path = ROOT / "CHANGELOG.md",
+    directory: Path | None = None,
+    changelog: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Measures kernels and compares them with their budgets.
 
@@ -49,8 +50,8 @@ def run(
         update: write the new figures down. Tightening and first budgets are free.
         reason: why budgets are loosened; written to the changelog.
         package: where the specs are.
-        directory: where the budgets are.
-        changelog: where a reason goes.
+        directory: where the budgets are; of one's own specs, `budgets/` beside them, where none is given.
+        changelog: where a reason goes; CHANGELOG.md beside one's own specs.
 
     Returns:
         One row a kernel, configuration and target: op, impl, case, device, status, reason, the figures with
@@ -60,12 +61,14 @@ def run(
         ValueError: an unknown op, target or kind; an update that would loosen and has no reason.
     """
     specs = load_specs(package)
+    usual = _places(package)
+    directory, changelog = directory or usual[0], changelog or usual[1]
     chosen = select_ops(specs, ops)
     targets = known("target", targets, TARGETS) or list(TARGETS)
     kinds = known("kind", kinds, KINDS) or list(KINDS)
     if update and directory == DIRECTORY and not CSRC.is_dir():
         raise ValueError("budgets are updated in a checkout of the sources, and this is an installed package")
-    tools = {kind: KINDS[kind].tool() for kind in kinds if KINDS[kind].missing() is None}
+    compilers = {kind: tool for kind, tool in tools().items() if kind in kinds}
     measured = [one for kind in kinds for one in _measure(kind, chosen, targets, package)]
 
     rows: list[dict[str, Any]] = []
@@ -76,16 +79,25 @@ def run(
         own = sorted((one for one in measured if one.family == family), key=lambda one: one.key)
         # The room's own name stands for its .cu files, unless one of its ops bears it.
         asked = {spec.name for spec in chosen if spec.family == family} | ({family} - set(specs))
-        gone = _gone(ledger, own, asked, targets, tools)
+        gone = _gone(ledger, own, asked, targets, compilers)
         if update:
-            loosened += _update(ledger, own, gone, tools)
+            loosened += _update(ledger, own, gone, compilers)
             gone = []
-        rows += [_row(one, ledger, tools) for one in own] + [_gone_row(key, ledger) for key in gone]
+        rows += [_row(one, ledger, compilers) for one in own] + [_gone_row(key, ledger) for key in gone]
     if loosened:
         note_in_changelog(changelog, loosened, reason)
     for ledger in ledgers if update else ():
         ledger.save()
     return rows
+
+
+def _places(package: str) -> tuple[Path, Path]:
+    """Where the budgets of a package of specs are, and the changelog for its reasons."""
+    if package.partition(".")[0] == "rlhf_kernels":
+        return DIRECTORY, ROOT / "CHANGELOG.md"
+    found = package if package.endswith(".py") else importlib.import_module(package).__file__
+    beside = Path(found).parent if found else Path.cwd()  # a namespace has no file
+    return beside / "budgets", beside / "CHANGELOG.md"
 
 
 def exit_code(rows: Iterable[dict[str, Any]]) -> int:
