@@ -18,7 +18,7 @@ OK, USAGE, INTERRUPTED = 0, 64, 130
 COMMANDS = {
     "sft": "train a model on text, from nothing or further",
     "reward": "train a reward model on pairs of a better and a worse response",
-    "train": "train a model by reinforcement: palm-rlhf train ppo",
+    "train": "train a model by reinforcement: palm-rlhf train ppo, or grpo, rloo and others",
     "generate": "continue prompts, or choose the best of several responses",
 }
 

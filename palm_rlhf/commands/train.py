@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,7 +70,11 @@ def form(algorithm: Algorithm) -> type:
     """The flags of an algorithm: those of all, and its own."""
     own = field(default_factory=algorithm.options)
     flags = Annotated[algorithm.options, tyro.conf.arg(name="")]
-    found = make_dataclass(f"Train_{algorithm.name}", [("options", flags, own)], bases=(Train,))
+    usual = field(default_factory=partial(OnlineConfig, **algorithm.defaults))
+    sizes = Annotated[OnlineConfig, tyro.conf.arg(name="")]
+    found = make_dataclass(
+        f"Train_{algorithm.name}", [("options", flags, own), ("online", sizes, usual)], bases=(Train,)
+    )
     found.__doc__ = f"{algorithm.options.__doc__.strip()}\n\n{Train.__doc__}"
     found.algorithm = algorithm
     return found
@@ -77,7 +82,7 @@ def form(algorithm: Algorithm) -> type:
 
 def overview() -> str:
     """What `palm-rlhf train --help` prints."""
-    rows = (f"  {name:10}{row.options.__doc__.strip().splitlines()[0]}" for name, row in ALGORITHMS.items())
+    rows = (f"  {name:22}{row.options.__doc__.strip().splitlines()[0]}" for name, row in ALGORITHMS.items())
     return (
         "usage: palm-rlhf train ALGORITHM --model RUN --out FOLDER [flags]\n\nalgorithms:\n"
         + "\n".join(rows)

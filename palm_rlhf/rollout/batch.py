@@ -22,6 +22,7 @@ class Rollout:
         reference_logprob: [B, R], of the same tokens under the reference policy.
         values: [B, R], the critic's, before each token.
         advantages, returns: [B, R], from the estimator.
+        group: [B] int64, the same number for responses to one prompt.
     """
 
     generation: Generation
@@ -31,6 +32,7 @@ class Rollout:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    group: Tensor | None = None
 
     @property
     def logprob(self) -> Tensor:
@@ -68,9 +70,21 @@ class Rollout:
         by_token = {name: x[:, :length] for name in names if (x := getattr(self, name)) is not None}
         return replace(self, generation=cut, **by_token)
 
-    def minibatches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Rollout]:
-        """All responses once, in a fresh order, `size` at a time."""
-        for index in torch.randperm(len(self), generator=generator).split(size):
+    def minibatches(
+        self, size: int, generator: torch.Generator | None = None, *, groups: bool = False
+    ) -> Iterator[Rollout]:
+        """All responses once, in a fresh order, `size` at a time; with `groups` those of a group together.
+
+        A minibatch then holds whole groups where `size` is a multiple of their size.
+        """
+        order = torch.randperm(len(self), generator=generator)
+        if groups:
+            # By the place that the first of its group drew.
+            ids, place = torch.unique(self.group.cpu(), return_inverse=True)
+            first = torch.full((len(ids),), len(self))
+            first.scatter_reduce_(0, place[order], torch.arange(len(self)), "amin")
+            order = first[place].argsort(stable=True)
+        for index in order.split(size):
             yield self.rows(index.to(self.score.device))
 
     def micro_batches(self, size: int | None) -> Iterator[Rollout]:

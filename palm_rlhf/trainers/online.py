@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palm_rlhf.algorithms.estimators import response_kl
 from palm_rlhf.algorithms.objectives import masked_mean
-from palm_rlhf.algorithms.table import Algorithm, Outputs
+from palm_rlhf.algorithms.policy import adapted
+from palm_rlhf.algorithms.row import Algorithm, Outputs, Whole
 from palm_rlhf.generation import Generation, generate
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
@@ -109,6 +111,7 @@ class OnlineTrainer:
         for needed, given in (("critic", critic), ("reference", reference)):
             if getattr(algorithm, needed) and given is None:
                 raise ValueError(f"{algorithm.name} needs a {needed}, got none")
+        _check_samples(algorithm, config)
         self.name, self.algorithm, self.config = algorithm.name, algorithm, config
         self.options = algorithm.options() if options is None else options
         self.policy, self.reference, self.critic = policy, reference, critic
@@ -150,6 +153,7 @@ class OnlineTrainer:
         estimated = time.perf_counter()
         metrics |= self.update(rollout, index)
         metrics |= self._describe(rollout)
+        self.options = adapted(self.options, rollout)
         metrics |= {
             "rollout_seconds": sampled - began,
             "scoring_seconds": estimated - sampled,
@@ -184,7 +188,8 @@ class OnlineTrainer:
             )
         if c.missing_stop_score is not None:
             score = torch.where(generation.stopped, score, c.missing_stop_score)
-        return Rollout(generation, c.temperature, score)
+        group = torch.arange(c.prompts, device=score.device).repeat_interleave(c.samples)
+        return Rollout(generation, c.temperature, score, group=group)
 
     @torch.no_grad()
     def estimated(self, rollout: Rollout) -> Rollout:
@@ -220,9 +225,9 @@ class OnlineTrainer:
         sums: dict[str, Tensor] = {}
         updates = 0
         for minibatch in self._minibatches(rollout):
-            count = minibatch.mask.sum()
+            whole = Whole(minibatch.mask.sum(), len(minibatch), self.config.max_new_tokens)
             for part in minibatch.micro_batches(self.config.micro_batch):
-                loss = self.algorithm.objective(part, self.outputs(part), self.options, count)
+                loss = self.algorithm.objective(part, self.outputs(part), self.options, whole)
                 loss.total.backward()
                 for name, value in loss.metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
@@ -232,7 +237,9 @@ class OnlineTrainer:
 
     def _minibatches(self, rollout: Rollout) -> Iterator[Rollout]:
         for _ in range(self.config.epochs):
-            yield from rollout.minibatches(self.config.minibatch, self._generators["minibatches"])
+            yield from rollout.minibatches(
+                self.config.minibatch, self._generators["minibatches"], groups=self.algorithm.groups
+            )
 
     def _set_rates(self, index: int) -> None:
         c = self.config
@@ -261,6 +268,9 @@ class OnlineTrainer:
         }
         if rollout.reference_logprob is not None:
             found["kl"] = masked_mean(rollout.logprob - rollout.reference_logprob, mask)
+            found["kl_response"] = response_kl(rollout).mean()
+        if (coef := getattr(self.options, "kl_coef", None)) is not None:
+            found["kl_coef"] = coef
         if rollout.returns is not None and rollout.values is not None:
             error = masked_mean((rollout.returns - rollout.values).square(), mask)
             spread = masked_mean((rollout.returns - masked_mean(rollout.returns, mask)).square(), mask)
@@ -286,9 +296,27 @@ class OnlineTrainer:
         return self._generators
 
     def extra_state(self) -> dict[str, Any]:
-        """The prompts that this round still has to come to."""
-        return {"queue": list(self._queue)}
+        """The prompts that this round still has to come to, and the weight of the KL term, which may move."""
+        return {"queue": list(self._queue), "kl_coef": getattr(self.options, "kl_coef", None)}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Takes that back."""
         self._queue = list(state["queue"])
+        if getattr(self.options, "kl_target", None) is not None:
+            self.options = replace(self.options, kl_coef=state["kl_coef"])
+
+
+def _check_samples(algorithm: Algorithm, config: OnlineConfig) -> None:
+    if config.samples < algorithm.samples:
+        raise ValueError(
+            f"{algorithm.name} compares responses to the same prompt and needs at least "
+            f"{algorithm.samples} of them, got samples={config.samples}"
+        )
+    if not algorithm.groups:
+        return
+    for name, size in (("minibatch", config.minibatch), ("micro_batch", config.micro_batch)):
+        if size is not None and size % config.samples:
+            raise ValueError(
+                f"{algorithm.name} needs all {config.samples} responses to a prompt in one {name}, got "
+                f"{name}={size}. Choose a multiple of samples."
+            )
