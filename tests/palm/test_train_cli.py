@@ -38,3 +38,25 @@ def test_a_row_brings_its_own_sizes_and_says_what_it_needs(made, tmp_path, capsy
     assert said.startswith("rloo compares responses to the same prompt and needs at least 2 of them")
     assert called("train", "reinforce++-baseline", *words, "--prompts", 2) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["samples"] == 8
+
+
+def test_dpo_learns_from_a_file_of_pairs_and_its_model_writes(made, tmp_path, capsys):
+    words = ["train", "dpo", "--model", made / "text", "--pairs", made / "pairs.jsonl", "--held-back", 0.2]
+    words += ["--batch", 4, "--lr", 0.01, "--quiet"]
+    assert called(*words, "--out", tmp_path / "dpo", "--epochs", 3) == 0
+    said = capsys.readouterr().out
+    assert "on 2 held-out pairs: loss 0.6931 to 0." in said
+    rows = read_metrics(tmp_path / "dpo" / "metrics.jsonl")
+    assert abs(rows[0]["margin"]) < 1e-5 < rows[-1]["margin"]
+    assert called("generate", "--model", tmp_path / "dpo", "--prompt", "so") == 0
+    assert called(*words, "--out", tmp_path / "dpo", "--epochs", 4) == 0
+    assert len(read_metrics(tmp_path / "dpo" / "metrics.jsonl")) == len(rows) * 4 // 3
+    assert called(*words[:1], "orpo", *words[2:], "--out", tmp_path / "orpo", "--no-lora") == 0
+
+
+def test_what_is_wrong_with_pairs_is_said(made, tmp_path, capsys):
+    words = ["train", "rebel", "--model", made / "text", "--out", tmp_path / "run", "--quiet"]
+    assert refused(capsys, *words) == "--pairs must be given. See palm-rlhf train rebel --help."
+    said = refused(capsys, *words, "--pairs", made / "pairs.jsonl")
+    assert said.startswith("rebel learns from differences of rewards, and no pair has one")
+    assert refused(capsys, "train", "dop").startswith("there is no algorithm 'dop'. Did you mean 'dpo'?")
