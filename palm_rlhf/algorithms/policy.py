@@ -25,8 +25,8 @@ from palm_rlhf.rollout import Rollout
 
 
 @dataclass(frozen=True)
-class KLOptions:
-    """How far the policy may go from the reference."""
+class Regularised:
+    """What holds a policy back: the reference, and its own entropy."""
 
     kl_coef: float = 0.05
     """Weight of the KL divergence from the reference policy."""
@@ -38,6 +38,8 @@ class KLOptions:
     """Nats of a response at which to hold it: kl_coef follows it then; None: kl_coef stays."""
     kl_horizon: float = 10_000.0
     """Responses over which kl_coef follows."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
 
     def __post_init__(self) -> None:
         if self.kl_target is not None and not (self.kl_target > 0 and self.kl_coef > 0):
@@ -53,7 +55,7 @@ class KLOptions:
 
 
 @dataclass(frozen=True)
-class PolicyOptions(KLOptions):
+class PolicyOptions(Regularised):
     """What a policy objective is made of."""
 
     loss: Literal["clip", "spo"] = "clip"
@@ -68,20 +70,18 @@ class PolicyOptions(KLOptions):
     """Of what the ratio is: of each token, or of whole responses."""
     average: Average = "token-mean"
     """What weighs the same: tokens, responses, or tokens over a constant length."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
     entropy_advantage: float = 0.0
     """Weight of the entropy that is added to advantages, at most half of them; 0: none. 0.4 is usual."""
     entropy_kappa: float = 2.0
     """One over the largest part of an advantage that entropy may add."""
 
 
-KL = TypeVar("KL", bound=KLOptions)
+Options = TypeVar("Options", bound=Regularised)
 
 
-def adapted(options: KL, rollout: Rollout) -> KL:
+def adapted(options: Options, rollout: Rollout) -> Options:
     """The options for the next rollout: with another kl_coef where there is a target."""
-    if getattr(options, "kl_target", None) is None:
+    if options.kl_target is None:
         return options
     # k1, whichever estimate is charged: what is held at its target is the divergence itself.
     coef = adapted_kl_coef(
@@ -92,29 +92,38 @@ def adapted(options: KL, rollout: Rollout) -> KL:
 
 
 def policy_objective(rollout: Rollout, outputs: Outputs, options: PolicyOptions, whole: Whole) -> Loss:
-    """Policy loss, entropy bonus, and the KL divergence where it is charged in the loss."""
+    """The policy loss, regularised."""
+    policy = _policy_loss(rollout, outputs, options, whole)
+    return regularised(policy, rollout, outputs, options, whole, average=options.average, clip=options)
+
+
+def regularised(
+    policy: Tensor,
+    rollout: Rollout,
+    outputs: Outputs,
+    options: Regularised,
+    whole: Whole,
+    *,
+    average: Average = "token-mean",
+    clip: PolicyOptions | None = None,
+) -> Loss:
+    """A policy's loss with entropy bonus and, where it is charged in the loss, the KL divergence."""
     o, mask = options, rollout.mask
-    shift = log_ratio(outputs.logprob, rollout.logprob, mask)
-    policy = _policy_loss(rollout, outputs, shift, o, whole)
     entropy = masked_mean(outputs.entropy, mask, whole.tokens)
     total = policy - o.entropy_coef * entropy
-    metrics = {
-        "policy_loss": policy.detach(),
-        "entropy": entropy.detach(),
-        **moved(rollout, outputs, o, whole),
-    }
+    metrics = {"policy_loss": policy.detach(), "entropy": entropy.detach()}
+    metrics |= moved(rollout, outputs, whole, clip)
     if o.kl_in == "loss":
         both = (cleared(x, mask) for x in (outputs.logprob, rollout.reference_logprob))
-        kl = averaged(kl_estimate(*both, o.kl), mask, whole, o.average)
+        kl = averaged(kl_estimate(*both, o.kl), mask, whole, average)
         total = total + o.kl_coef * kl
         metrics["kl_loss"] = kl.detach()
     return Loss(total, metrics)
 
 
-def _policy_loss(
-    rollout: Rollout, outputs: Outputs, shift: Tensor, options: PolicyOptions, whole: Whole
-) -> Tensor:
+def _policy_loss(rollout: Rollout, outputs: Outputs, options: PolicyOptions, whole: Whole) -> Tensor:
     o, mask, advantages = options, rollout.mask, cleared(rollout.advantages, rollout.mask)
+    shift = log_ratio(outputs.logprob, rollout.logprob, mask)
     if o.entropy_advantage:
         advantages = entropy_shaped(
             advantages, cleared(outputs.entropy, mask), scale=o.entropy_advantage, kappa=o.entropy_kappa
@@ -135,13 +144,16 @@ def _policy_loss(
 
 
 @torch.no_grad()
-def moved(rollout: Rollout, outputs: Outputs, options: PolicyOptions, whole: Whole) -> dict[str, Tensor]:
-    """How far the policy is from the one that sampled."""
-    o, mask = options, rollout.mask
-    ratio = log_ratio(outputs.logprob, rollout.logprob, mask).exp()
-    outside = (ratio < 1 - o.clip) | (ratio > 1 + (o.clip if o.clip_high is None else o.clip_high))
-    return {
-        "clip_fraction": masked_mean(outside.to(ratio.dtype), mask, whole.tokens),
-        # KL(old || new), since the tokens are the old policy's.
-        "approx_kl": masked_mean(kl_estimate(rollout.logprob, outputs.logprob, "k3"), mask, whole.tokens),
-    }
+def moved(
+    rollout: Rollout, outputs: Outputs, whole: Whole, clip: PolicyOptions | None = None
+) -> dict[str, Tensor]:
+    """How far the policy is from the one that sampled; how much is outside a clip, where there is one."""
+    # KL(old || new), since the tokens are the old policy's.
+    by_token = kl_estimate(rollout.logprob, outputs.logprob, "k3")
+    found = {"approx_kl": masked_mean(by_token, rollout.mask, whole.tokens)}
+    if clip is not None:
+        ratio = log_ratio(outputs.logprob, rollout.logprob, rollout.mask).exp()
+        high = clip.clip if clip.clip_high is None else clip.clip_high
+        outside = (ratio < 1 - clip.clip) | (ratio > 1 + high)
+        found["clip_fraction"] = masked_mean(outside.to(ratio.dtype), rollout.mask, whole.tokens)
+    return found

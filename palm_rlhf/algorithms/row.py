@@ -12,11 +12,18 @@ from palm_rlhf.rollout import Rollout
 
 
 class Outputs(NamedTuple):
-    """What the learner finds for a batch: [B, R] each, `values` where there is a critic."""
+    """What the learner finds for a batch: [B, R] each, `values` where there is a critic.
+
+    `value_logits` [B, R, bins] are what the values are the means of, where the critic classifies; `head`
+    [B, R, K] the log-probabilities of the rollout's `head_ids`; `auxiliary` [B, R] the policy's own values.
+    """
 
     logprob: Tensor
     entropy: Tensor
     values: Tensor | None = None
+    value_logits: Tensor | None = None
+    head: Tensor | None = None
+    auxiliary: Tensor | None = None
 
 
 class Whole(NamedTuple):
@@ -46,6 +53,9 @@ class Algorithm:
         objective: (rollout, outputs, options, the whole update) -> Loss.
         critic: whether it needs values. reference: whether it needs a reference policy.
         samples: responses to one prompt that it needs at least.
+        head: whether it needs the `options.head` most probable tokens at every place.
+        auxiliary: objective of a phase after every `options.auxiliary_every` rollouts, over
+            `options.auxiliary_epochs` passes, where there is one; it has `head` and `auxiliary` outputs.
         groups: whether all responses to one prompt must be in the same part of an update.
         defaults: fields of `OnlineConfig` that begin elsewhere than usual.
     """
@@ -58,4 +68,6 @@ class Algorithm:
     reference: bool = True
     samples: int = 1
     groups: bool = False
+    head: bool = False
+    auxiliary: Callable[[Rollout, Outputs, Any, Whole], Loss] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -176,15 +176,23 @@ def _models(args: Train, loaded: Loaded) -> dict[str, Any]:
     if args.lora:
         for scope in (ACTOR, *((CRITIC,) if needs.critic else ())):
             model.add_finetune_params(scope, args.lora_r)
-        critic = ValueModel(model, CRITIC) if needs.critic else None
+        critic = ValueModel(model, CRITIC, **_support(args)) if needs.critic else None
         return {
             "policy": Policy(model, ACTOR),
             "reference": Policy(model) if needs.reference else None,
             "critic": critic,
         }
     reference = Policy(frozen(copy.deepcopy(model))) if needs.reference else None
-    critic = ValueModel(copy.deepcopy(model)) if needs.critic else None
+    critic = ValueModel(copy.deepcopy(model), **_support(args)) if needs.critic else None
     return {"policy": Policy(model), "reference": reference, "critic": critic}
+
+
+def _support(args: Train) -> dict[str, Any]:
+    """The bins of the critic, where the algorithm's options have any."""
+    o = args.options
+    if not getattr(o, "critic_bins", 0):
+        return {}
+    return {"bins": o.critic_bins, "low": o.critic_low, "high": o.critic_high}
 
 
 def _concluded(trainer: OnlineTrainer, task: Calculator | None, rows: list[Any], folder: Run) -> list[Any]:

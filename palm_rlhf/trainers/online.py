@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.estimators import response_kl
 from palm_rlhf.algorithms.objectives import masked_mean
 from palm_rlhf.algorithms.policy import adapted
-from palm_rlhf.algorithms.row import Algorithm, Outputs, Whole
+from palm_rlhf.algorithms.row import Algorithm, Loss, Outputs, Whole
 from palm_rlhf.generation import Generation, generate
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
@@ -125,12 +125,19 @@ class OnlineTrainer:
             for name in ("prompts", "sampling", "minibatches", "evaluation")
         }
         self._queue: list[int] = []
+        # Rollouts that an auxiliary phase will see again, and the values of the policy's own that it learns.
+        self._kept: list[Rollout] = []
+        self._auxiliary = ValueModel(policy.model, policy.scope) if algorithm.auxiliary else None
         self._require_gradients()
         # Larger than PyTorch's default: TensorFlow's Adam, with which PPO was tuned, divides by more.
         self._optimizers = {"policy": torch.optim.Adam(list(policy.trained()), lr=config.policy_lr, eps=1e-5)}
         if critic is not None:
             self._optimizers["critic"] = torch.optim.Adam(
                 list(critic.trained()), lr=config.critic_lr, eps=1e-5
+            )
+        if self._auxiliary is not None:
+            self._optimizers["auxiliary"] = torch.optim.Adam(
+                self._auxiliary.value_head.parameters(), lr=config.policy_lr, eps=1e-5
             )
 
     def _require_gradients(self) -> None:
@@ -200,34 +207,89 @@ class OnlineTrainer:
             if self.algorithm.reference:
                 found["reference_logprob"].append(F.pad(self._scored(self.reference, part)[0], missing))
             if self.algorithm.critic:
-                found["values"].append(F.pad(self._values(part), missing))
+                found["values"].append(F.pad(self._values(part, self.critic)[0], missing))
         rollout = replace(rollout, **{name: torch.cat(parts) for name, parts in found.items() if parts})
         advantages, returns = self.algorithm.estimator(rollout, self.options)
-        return replace(rollout, advantages=advantages, returns=returns)
+        rollout = replace(rollout, advantages=advantages, returns=returns)
+        return self.with_head(rollout) if self.algorithm.head else rollout
+
+    @torch.no_grad()
+    def with_head(self, rollout: Rollout) -> Rollout:
+        """The rollout with the tokens that the policy finds most probable now at every place."""
+        found = []
+        for part in rollout.micro_batches(self.config.micro_batch or self.config.minibatch):
+            g = part.generation
+            head = self.policy.most_probable(
+                g.tokens, g.mask, g.prompt_width, part.temperature, self.options.head
+            )
+            missing = (0, 0, 0, rollout.mask.shape[1] - part.mask.shape[1])
+            found.append([F.pad(x, missing) for x in head])
+        ids, logprob = (torch.cat(parts) for parts in zip(*found))
+        return replace(rollout, head_ids=ids, head_logprob=logprob)
 
     def _scored(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
         g = rollout.generation
         return policy(g.tokens, g.mask, g.prompt_width, rollout.temperature)
 
-    def _values(self, rollout: Rollout) -> Tensor:
-        """[B, R]: the value of the state before each token of the response."""
+    def _values(self, rollout: Rollout, critic: ValueModel) -> tuple[Tensor, Tensor | None]:
+        """[B, R]: the value of the state before each token of the response; logits of a critic with bins."""
         g = rollout.generation
-        return self.critic(g.tokens[:, :-1], g.mask[:, :-1])[:, g.prompt_width - 1 :]
+        values, logits = critic.scored(g.tokens[:, :-1], g.mask[:, :-1])
+        first = g.prompt_width - 1
+        return values[:, first:], None if logits is None else logits[:, first:]
 
     def outputs(self, rollout: Rollout) -> Outputs:
         """What the learner finds for these responses now."""
-        logprob, entropy = self._scored(self.policy, rollout)
-        return Outputs(logprob, entropy, self._values(rollout) if self.algorithm.critic else None)
+        head = None
+        if rollout.head_ids is None:
+            logprob, entropy = self._scored(self.policy, rollout)
+        else:
+            g = rollout.generation
+            logprob, entropy, head = self.policy.with_head(
+                g.tokens, g.mask, g.prompt_width, rollout.temperature, rollout.head_ids
+            )
+        values = self._values(rollout, self.critic) if self.algorithm.critic else (None, None)
+        return Outputs(logprob, entropy, *values, head)
 
     def update(self, rollout: Rollout, index: int) -> dict[str, float]:
         """All epochs over a rollout; the means of what the updates found."""
         self._set_rates(index)
+        found = self._learned(
+            self._minibatches(rollout, self.config.epochs), self.algorithm.objective, self.outputs, index
+        )
+        return found | self._auxiliary_phase(rollout, index)
+
+    def _auxiliary_phase(self, rollout: Rollout, index: int) -> dict[str, float]:
+        """Where the algorithm has one: keeps the rollout; once there are enough it learns from them."""
+        if self.algorithm.auxiliary is None:
+            return {}
+        self._kept.append(rollout)
+        if len(self._kept) < self.options.auxiliary_every:
+            return {}
+        # Of the policy as it is now: that is where it is to stay.
+        kept, self._kept = [self.with_head(rollout) for rollout in self._kept], []
+
+        def outputs(part: Rollout) -> Outputs:
+            return self.outputs(part)._replace(auxiliary=self._values(part, self._auxiliary)[0])
+
+        passes = kept * self.options.auxiliary_epochs
+        minibatches = (part for rollout in passes for part in self._minibatches(rollout, 1))
+        return self._learned(minibatches, self.algorithm.auxiliary, outputs, index)
+
+    def _learned(
+        self,
+        minibatches: Iterable[Rollout],
+        objective: Callable[[Rollout, Outputs, Any, Whole], Loss],
+        outputs: Callable[[Rollout], Outputs],
+        index: int,
+    ) -> dict[str, float]:
+        """An update for every minibatch; the means of what they found."""
         sums: dict[str, Tensor] = {}
         updates = 0
-        for minibatch in self._minibatches(rollout):
+        for minibatch in minibatches:
             whole = Whole(minibatch.mask.sum(), len(minibatch), self.config.max_new_tokens)
             for part in minibatch.micro_batches(self.config.micro_batch):
-                loss = self.algorithm.objective(part, self.outputs(part), self.options, whole)
+                loss = objective(part, outputs(part), self.options, whole)
                 loss.total.backward()
                 for name, value in loss.metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
@@ -235,15 +297,15 @@ class OnlineTrainer:
             updates += 1
         return {name: float(value) / updates for name, value in sums.items()}
 
-    def _minibatches(self, rollout: Rollout) -> Iterator[Rollout]:
-        for _ in range(self.config.epochs):
+    def _minibatches(self, rollout: Rollout, epochs: int) -> Iterator[Rollout]:
+        for _ in range(epochs):
             yield from rollout.minibatches(
                 self.config.minibatch, self._generators["minibatches"], groups=self.algorithm.groups
             )
 
     def _set_rates(self, index: int) -> None:
         c = self.config
-        rates = {"policy": c.policy_lr, "critic": c.critic_lr}
+        rates = {"policy": c.policy_lr, "critic": c.critic_lr, "auxiliary": c.policy_lr}
         share = (1 - index / c.steps if c.anneal else 1.0) * min(1.0, (index + 1) / (c.warmup + 1))
         for name, optimizer in self._optimizers.items():
             for group in optimizer.param_groups:
@@ -269,8 +331,7 @@ class OnlineTrainer:
         if rollout.reference_logprob is not None:
             found["kl"] = masked_mean(rollout.logprob - rollout.reference_logprob, mask)
             found["kl_response"] = response_kl(rollout).mean()
-        if (coef := getattr(self.options, "kl_coef", None)) is not None:
-            found["kl_coef"] = coef
+            found["kl_coef"] = self.options.kl_coef
         if rollout.returns is not None and rollout.values is not None:
             error = masked_mean((rollout.returns - rollout.values).square(), mask)
             spread = masked_mean((rollout.returns - masked_mean(rollout.returns, mask)).square(), mask)
@@ -283,6 +344,8 @@ class OnlineTrainer:
         if self.critic is not None:
             shared = self.critic.model is self.policy.model
             found["critic"] = self.critic.value_head if shared else self.critic
+        if self._auxiliary is not None:
+            found["auxiliary"] = self._auxiliary.value_head
         if self.reference is not None and self.reference.model is not self.policy.model:
             found["reference"] = self.reference.model
         return found
@@ -296,13 +359,15 @@ class OnlineTrainer:
         return self._generators
 
     def extra_state(self) -> dict[str, Any]:
-        """The prompts that this round still has to come to, and the weight of the KL term, which may move."""
-        return {"queue": list(self._queue), "kl_coef": getattr(self.options, "kl_coef", None)}
+        """The prompts that this round still has to come to, the weight of the KL term, rollouts kept."""
+        kept = [rollout.state() for rollout in self._kept]
+        return {"queue": list(self._queue), "kl_coef": self.options.kl_coef, "kept": kept}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Takes that back."""
         self._queue = list(state["queue"])
-        if getattr(self.options, "kl_target", None) is not None:
+        self._kept = [Rollout.from_state(rollout) for rollout in state["kept"]]
+        if self.options.kl_target is not None:
             self.options = replace(self.options, kl_coef=state["kl_coef"])
 
 

@@ -20,8 +20,8 @@ CONFIG = OnlineConfig(
 # Every row as it is, and each option that changes a formula once.
 CASES = [(name, {}) for name in ALGORITHMS] + [
     ("ppo", {"kl_in": "loss", "kl": "k2", "entropy_coef": 0.01}),
-    ("grpo", {"loss": "spo", "clip": 0.1}),
-    ("grpo", {"entropy_advantage": 0.4, "dual_clip": 3.0, "clip_high": 0.28, "average": "token-mean"}),
+    ("ppo", {"critic_bins": 11, "critic_low": -2.0, "critic_high": 2.0}),
+    ("grpo", {"dual_clip": 3.0, "clip_high": 0.28, "average": "token-mean"}),
     ("rloo", {"ratio": "token", "average": "sequence-sum", "kl": "k3"}),
 ]
 IDS = ["-".join([name, *options]) for name, options in CASES]
@@ -39,12 +39,16 @@ def good(generation):
 def make(make_palm, name, options=None, config=CONFIG, dtype=torch.float32, **sizes):
     algorithm = ALGORITHMS[name]
     model = make_palm(**({"dim": 16, "dim_head": 8} | sizes), finetune_scopes=("actor", "critic")).to(dtype)
-    critic = ValueModel(model, "critic") if algorithm.critic else None
+    o = algorithm.options(**(options or {}))
+    bins = (
+        {"bins": b, "low": o.critic_low, "high": o.critic_high} if (b := getattr(o, "critic_bins", 0)) else {}
+    )
+    critic = ValueModel(model, "critic", **bins) if algorithm.critic else None
     if critic is not None:
         torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(0))
     return OnlineTrainer(
         algorithm, Policy(model, "actor"), good, PROMPTS, config=config, stop=2,
-        options=algorithm.options(**(options or {})), reference=Policy(model), critic=critic,
+        options=o, reference=Policy(model), critic=critic,
     )  # fmt: skip
 
 
@@ -143,7 +147,8 @@ def test_what_stands_in_masked_slots_reaches_nothing(make_palm, name, options):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_row_learns(make_palm, name):
     config = replace(CONFIG, prompts=4, samples=8, minibatch=16, steps=12, policy_lr=5e-2, critic_lr=1e-2)
-    trainer = make(make_palm, name, config=config, depth=1)
+    options = {"auxiliary_every": 6, "auxiliary_epochs": 1} if ALGORITHMS[name].auxiliary else {}
+    trainer = make(make_palm, name, options, config=config, depth=1)
     if trainer.critic is not None:
         torch.nn.init.zeros_(trainer.critic.value_head.weight)
     rewards = [trainer.step(index)["reward"] for index in range(config.steps)]

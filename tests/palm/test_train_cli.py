@@ -40,6 +40,16 @@ def test_a_row_brings_its_own_sizes_and_says_what_it_needs(made, tmp_path, capsy
     assert json.loads((tmp_path / "run" / "config.json").read_text())["samples"] == 8
 
 
+def test_ppg_with_a_critic_of_bins_runs_its_phase(made, tmp_path):
+    words = ["train", "ppg", *TASK, "--model", made / "sft", "--prompts", 4, "--minibatch", 4, "--steps", 2]
+    words += ["--auxiliary-every", 2, "--critic-bins", 5, "--critic-low", 0, "--critic-high", 1]
+    words += ["--no-lora", "--quiet"]
+    assert called(*words, "--out", tmp_path / "run") == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert ["clone_kl" in row for row in rows] == [False, True]
+    assert called("generate", "--model", tmp_path / "run", "--prompt", "2*2=") == 0
+
+
 def test_dpo_learns_from_a_file_of_pairs_and_its_model_writes(made, tmp_path, capsys):
     words = ["train", "dpo", "--model", made / "text", "--pairs", made / "pairs.jsonl", "--held-back", 0.2]
     words += ["--batch", 4, "--lr", 0.01, "--quiet"]
