@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.algorithms import groups
-from palm_rlhf.algorithms.critics import hl_gauss_loss, hl_gauss_target
+from palm_rlhf.algorithms.critics import SIGMA_TO_BIN, hl_gauss_loss, hl_gauss_target
 from palm_rlhf.algorithms.estimators import KLKind, gae_with_kl, response_kl, returns_with_kl
 from palm_rlhf.algorithms.matching import (
     cloning_divergence,
@@ -54,6 +54,8 @@ class PPOOptions(PolicyOptions):
     """Lower end of those bins."""
     critic_high: float = 5.0
     """Upper end of those bins."""
+    critic_sigma: float = SIGMA_TO_BIN
+    """Standard deviation of a return over the width of a bin."""
 
 
 def ppo_estimator(rollout: Rollout, options: PPOOptions) -> tuple[Tensor, Tensor]:
@@ -72,9 +74,8 @@ def ppo_objective(rollout: Rollout, outputs: Outputs, options: PPOOptions, whole
         by_token = clipped_value_loss(values, old, returns, clip=o.value_clip)
     else:
         logits = cleared(outputs.value_logits, mask[..., None])
-        by_token = hl_gauss_loss(
-            logits, hl_gauss_target(returns, o.critic_low, o.critic_high, logits.shape[-1])
-        )
+        bins = (o.critic_low, o.critic_high, logits.shape[-1])
+        by_token = hl_gauss_loss(logits, hl_gauss_target(returns, *bins, sigma_to_bin=o.critic_sigma))
     value = masked_mean(by_token, mask, whole.tokens)
     return Loss(total + o.value_coef * value, metrics | {"value_loss": value.detach()})
 

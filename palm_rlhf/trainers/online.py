@@ -15,7 +15,7 @@ from palm_rlhf.algorithms.estimators import response_kl
 from palm_rlhf.algorithms.objectives import masked_mean
 from palm_rlhf.algorithms.policy import adapted
 from palm_rlhf.algorithms.row import Algorithm, Loss, Outputs, Whole
-from palm_rlhf.generation import Generation, generate
+from palm_rlhf.generation import Generation, generate, joined
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
 
@@ -36,6 +36,8 @@ class OnlineConfig:
     """Sample from so many of the most probable tokens; None: from all."""
     top_p: float | None = None
     """Sample from the smallest set of tokens with this probability; None: from all."""
+    rollout_batch: int | None = None
+    """Responses sampled at a time, to save memory; None: the whole rollout."""
     missing_stop_score: float | None = None
     """Score of a response that did not stop by itself; None: its reward."""
     epochs: int = 1
@@ -182,12 +184,17 @@ class OnlineTrainer:
 
     def rollout(self) -> Rollout:
         """Responses to the next prompts, with their scores."""
-        c = self.config
-        generation = generate(
-            self.policy.model, self.next_prompts(), max_new_tokens=c.max_new_tokens, samples=c.samples,
-            temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop, pad=self.pad,
-            generator=self._generators["sampling"], scope=self.policy.scope,
-        )  # fmt: skip
+        c, prompts = self.config, self.next_prompts()
+        size = max(1, (c.rollout_batch or len(prompts) * c.samples) // c.samples)
+        parts = [
+            generate(
+                self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
+                samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop,
+                pad=self.pad, generator=self._generators["sampling"], scope=self.policy.scope,
+            )
+            for start in range(0, len(prompts), size)
+        ]  # fmt: skip
+        generation = parts[0] if len(parts) == 1 else joined(parts, self.pad)
         score = self.reward(generation).float()
         if not bool(torch.isfinite(score).all()):
             raise ValueError(

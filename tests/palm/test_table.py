@@ -187,3 +187,52 @@ def test_a_resumed_run_goes_on_with_the_weight_of_the_kl_term_that_it_had(make_p
     other = make(make_palm, "grpo", options)
     other.load_extra_state(one.extra_state())
     assert other.options == one.options
+
+
+def test_15_adam_divides_by_as_much_as_in_the_papers(make_palm):
+    """A gradient as small as eps moves half as far; with PyTorch's 1e-8 it would move as far as any other."""
+    trainer = make(make_palm, "ppo")
+    moved = []
+    for name, optimizer in trainer.optimizers().items():
+        assert optimizer.defaults["eps"] == 1e-5, name
+        parameter = optimizer.param_groups[0]["params"][0]
+        before = parameter.detach().clone()
+        parameter.grad = torch.full_like(parameter, 1e-5)
+        optimizer.step()
+        moved.append((parameter - before).abs().mean() / optimizer.param_groups[0]["lr"])
+    torch.testing.assert_close(torch.stack(moved), torch.full((2,), 0.5), atol=1e-2, rtol=0)
+
+
+def test_16_log_probabilities_are_float32_whatever_the_model(make_palm):
+    model = make_palm().bfloat16()
+    tokens = torch.cat([torch.full((23, 3), 5), torch.arange(23)[:, None]], 1)
+    logprob, entropy = Policy(model)(tokens, torch.ones_like(tokens, dtype=torch.bool), 3)
+    assert logprob.dtype == entropy.dtype == torch.float32
+    # In bfloat16 the normaliser would be off by as much as 1 in 256.
+    torch.testing.assert_close(logprob.exp().sum(), torch.tensor(1.0), atol=1e-4, rtol=0)
+
+
+def test_17_every_epoch_takes_all_responses_in_a_fresh_order_and_rates_end_at_zero(make_palm):
+    trainer = make(make_palm, "grpo")
+    rollout = trainer.rollout()
+    orders = []
+    for _ in range(2):
+        parts = list(trainer._minibatches(replace(rollout, score=torch.arange(12.0)), 1))
+        orders.append([int(score) for part in parts for score in part.score])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(12))
+    assert orders[0] != orders[1]
+    trainer._set_rates(CONFIG.steps)
+    assert {g["lr"] for o in trainer.optimizers().values() for g in o.param_groups} == {0.0}
+
+
+def test_a_rollout_in_parts_is_one_rollout(make_palm):
+    trainer = make(make_palm, "grpo", config=replace(CONFIG, rollout_batch=4))
+    rollout = trainer.rollout()
+    assert len(rollout) == 12
+    assert rollout.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert rollout.generation.tokens.shape[1] - rollout.generation.prompt_width == rollout.mask.shape[1]
+    prompts = {tuple(rollout.generation.prompt(row)) for row in range(12)}
+    assert prompts <= {tuple(prompt) for prompt in PROMPTS}
+    assert len(prompts) == 3
+    found = trainer.outputs(rollout).logprob
+    assert log_ratio(found, rollout.logprob, rollout.mask).abs().max() < 1e-5
