@@ -158,8 +158,8 @@ class ActorCritic(nn.Module):
         super().__init__()
         if actor_dropout or critic_dropout:
             raise ValueError(
-                """Logits [B, T, V] and values [B, T] of tokens x [B, T]; values None where not wanted."""
-                "of two probabilities must not see two masks"
+                f"dropout must be 0 in policy and critic, got {actor_dropout} and {critic_dropout}: the "
+                "ratio of two probabilities must not see two masks"
             )
         if critic is not None and not isinstance(critic, palm_module.PaLM):
             raise TypeError(

@@ -5,21 +5,25 @@ import json
 import pytest
 
 from palm_rlhf.trainers.log import read_metrics
-from tests.palm.command_line import SFT, TASK, called, make_inputs, refused, same_tensors, without_clock
+from tests.palm.command_line import called, make_inputs, refused, same_tensors, without_clock
 
-GRPO = ["--steps", "2", "--prompts", "2", "--samples", "3", "--minibatch", "3", "--quiet"]
+GRPO = ["--steps", "2", "--prompts", "2", "--samples", "3", "--minibatch", "3"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Inputs and an SFT run. To be left as they are."""
-    folder = make_inputs(tmp_path_factory.mktemp("made"))
-    assert called("sft", *TASK, "--steps", 6, "--out", folder / "sft", *SFT, "--length", 16) == 0
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("made"))
+
+
+def start(made):
+    """What a run on prompts begins with."""
+    words = ["--model", made / "text", "--prompts-file", made / "prompts.txt", "--max-new-tokens", 4]
+    return [*words, "--reward", f"{made / 'reward.py'}:letters", "--quiet"]
 
 
 def test_grpo_samples_groups_and_resumes_bit_for_bit(made, tmp_path):
-    words = ["train", "grpo", *TASK, "--model", made / "sft", "--kl-target", 0.1, "--no-anneal", *GRPO]
+    words = ["train", "grpo", *start(made), "--kl-target", 0.1, "--no-anneal", *GRPO]
     one, other = tmp_path / "one", tmp_path / "other"
     assert called(*words, "--out", one, "--steps", 3) == 0
     assert called(*words, "--out", other) == 0
@@ -35,19 +39,19 @@ def test_grpo_samples_groups_and_resumes_bit_for_bit(made, tmp_path):
 
 
 def test_a_row_says_what_it_needs(made, tmp_path, capsys):
-    words = ["--model", made / "sft", "--out", tmp_path / "run", *TASK, "--steps", 1, "--quiet"]
+    words = [*start(made), "--out", tmp_path / "run", "--steps", 1]
     said = refused(capsys, "train", "rloo", *words, "--samples", 1)
     assert said.startswith("rloo compares responses to the same prompt and needs at least 2 of them")
 
 
 def test_ppg_with_a_critic_of_bins_runs_its_phase(made, tmp_path):
-    words = ["train", "ppg", *TASK, "--model", made / "sft", "--prompts", 4, "--minibatch", 4, "--steps", 2]
+    words = ["train", "ppg", *start(made), "--prompts", 4, "--minibatch", 4, "--steps", 2]
     words += ["--auxiliary-every", 2, "--critic-bins", 5, "--critic-low", 0, "--critic-high", 1]
-    words += ["--no-lora", "--quiet"]
+    words += ["--no-lora"]
     assert called(*words, "--out", tmp_path / "run") == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert ["clone_kl" in row for row in rows] == [False, True]
-    assert called("generate", "--model", tmp_path / "run", "--prompt", "2*2=") == 0
+    assert called("generate", "--model", tmp_path / "run", "--prompt", "so") == 0
 
 
 def test_dpo_learns_from_a_file_of_pairs_and_its_model_writes(made, tmp_path, capsys):
