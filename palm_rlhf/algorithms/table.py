@@ -66,18 +66,25 @@ def ppo_estimator(rollout: Rollout, options: PPOOptions) -> tuple[Tensor, Tensor
 
 def ppo_objective(rollout: Rollout, outputs: Outputs, options: PPOOptions, whole: Whole) -> Loss:
     """The policy's objective and a value loss, over the tokens of the whole update."""
+    total, metrics = policy_objective(rollout, outputs, options, whole)
+    value = _value_loss(rollout, outputs, options, whole, clip=options.value_clip)
+    return Loss(total + options.value_coef * value, metrics | {"value_loss": value.detach()})
+
+
+def _value_loss(
+    rollout: Rollout, outputs: Outputs, options: PPOOptions, whole: Whole, clip: float | None
+) -> Tensor:
+    """The critic's, by squared errors or by bins, averaged over tokens."""
     o, mask = options, rollout.mask
-    total, metrics = policy_objective(rollout, outputs, o, whole)
     # Cleared first: where the loss of a masked slot is NaN, its derivative times 0 is NaN too.
     values, old, returns = (cleared(x, mask) for x in (outputs.values, rollout.values, rollout.returns))
     if outputs.value_logits is None:
-        by_token = clipped_value_loss(values, old, returns, clip=o.value_clip)
+        by_token = clipped_value_loss(values, old, returns, clip=clip)
     else:
         logits = cleared(outputs.value_logits, mask[..., None])
         bins = (o.critic_low, o.critic_high, logits.shape[-1])
         by_token = hl_gauss_loss(logits, hl_gauss_target(returns, *bins, sigma_to_bin=o.critic_sigma))
-    value = masked_mean(by_token, mask, whole.tokens)
-    return Loss(total + o.value_coef * value, metrics | {"value_loss": value.detach()})
+    return masked_mean(by_token, mask, whole.tokens)
 
 
 @dataclass(frozen=True)
@@ -256,10 +263,9 @@ def ppg_auxiliary(rollout: Rollout, outputs: Outputs, options: PPGOptions, whole
     """
     mask, returns = rollout.mask, cleared(rollout.returns, rollout.mask)
     heads = (cleared(x, mask[..., None]) for x in (outputs.head, rollout.head_logprob))
-    own, value = (
-        masked_mean((cleared(x, mask) - returns).square() / 2, mask, whole.tokens)
-        for x in (outputs.auxiliary, outputs.values)
-    )
+    own = masked_mean((cleared(outputs.auxiliary, mask) - returns).square() / 2, mask, whole.tokens)
+    # The values at sampling are too old to hold the new ones near them.
+    value = _value_loss(rollout, outputs, options, whole, clip=None)
     clone = masked_mean(cloning_divergence(*heads), mask, whole.tokens)
     metrics = {"auxiliary_value_loss": own.detach(), "clone_kl": clone.detach()}
     return Loss(own + options.clone_coef * clone + options.value_coef * value, metrics)

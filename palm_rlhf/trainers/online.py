@@ -67,6 +67,10 @@ class OnlineConfig:
         for name in ("prompts", "samples", "max_new_tokens", "epochs", "minibatch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("micro_batch", "rollout_batch"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {size}")
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}: a greedy policy has no "
