@@ -18,7 +18,7 @@ OK, USAGE, INTERRUPTED = 0, 64, 130
 COMMANDS = {
     "sft": "train a model on text, from nothing or further",
     "reward": "train a reward model on pairs of a better and a worse response",
-    "train": "train a model by reinforcement: palm-rlhf train ppo",
+    "train": "train a model on rewards or on pairs: palm-rlhf train ppo, grpo, dpo, and others",
     "generate": "continue prompts, or choose the best of several responses",
 }
 
@@ -39,6 +39,7 @@ on your own data:
   palm-rlhf sft --text book.txt --out runs/book                           bytes as tokens
   palm-rlhf sft --text book.txt --tokenizer tokenizer.json --out runs/bpe a Hugging Face tokenizer file
   palm-rlhf train ppo --model runs/book --prompts-file prompts.txt --reward score.py:polite --out runs/polite
+  palm-rlhf train dpo --model runs/book --pairs pairs.jsonl --out runs/dpo
   palm-rlhf reward --model runs/book --pairs pairs.jsonl --out runs/reward
   palm-rlhf train ppo --model runs/book --prompts-file prompts.txt --reward-model runs/reward --out runs/rlhf
 
@@ -94,7 +95,7 @@ def _command(argv: list[str]) -> int:
         if not rest or rest[0] in ("-h", "--help"):
             print(module.overview(), end="")
             return OK
-        options = module.ALGORITHMS[_known("algorithm", rest[0], module.ALGORITHMS)]
+        options = module.ROWS[_known("algorithm", rest[0], module.ROWS)]
         prog, form, rest = f"{prog} {rest[0]}", module.form(options), rest[1:]
     else:
         form = module.FORM

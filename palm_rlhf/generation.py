@@ -62,6 +62,21 @@ class Generation:
         return replace(self, **changed)
 
 
+def joined(parts: Sequence[Generation], pad: int = 0) -> Generation:
+    """One Generation of several: prompts padded to the longest on the left, responses on the right."""
+    width = max(part.prompt_width for part in parts)
+    length = max(part.logprob.shape[1] for part in parts)
+    found: dict[str, list[Tensor]] = {}
+    for part in parts:
+        left, right = width - part.prompt_width, length - part.logprob.shape[1]
+        found.setdefault("tokens", []).append(F.pad(part.tokens, (left, right), value=pad))
+        found.setdefault("mask", []).append(F.pad(part.mask, (left, right)))
+        for name in ("logprob", "log_mass"):
+            found.setdefault(name, []).append(F.pad(getattr(part, name), (0, right)))
+        found.setdefault("stopped", []).append(part.stopped)
+    return Generation(prompt_width=width, **{name: torch.cat(tensors) for name, tensors in found.items()})
+
+
 def left_padded(
     prompts: Sequence[Sequence[int] | Tensor], pad: int = 0, device: Any = None
 ) -> tuple[Tensor, Tensor]:

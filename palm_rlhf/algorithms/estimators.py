@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from palm_rlhf.algorithms.objectives import MAX_LOG_RATIO
+from palm_rlhf.algorithms.objectives import MAX_LOG_RATIO, cleared
 from palm_rlhf.rollout import Rollout
 from rlhf_kernels import token_advantages
 
@@ -32,6 +33,24 @@ def kl_estimate(logprob: Tensor, reference: Tensor, kind: KLKind = "k1") -> Tens
     raise ValueError(f"the KL estimate must be k1, k2 or k3, got {kind!r}")
 
 
+def adapted_kl_coef(
+    coef: float, kl: float, *, target: float, responses: int, horizon: float = 10_000.0
+) -> float:
+    """The next weight of the KL term: coef (1 + clip(kl / target - 1, +-0.2) responses / horizon).
+
+    Ziegler et al., 2019, arXiv:1909.08593, section 2.2; `kl` and `target` are nats of a whole response there.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * responses / horizon)
+
+
+def response_kl(rollout: Rollout, kind: KLKind = "k1") -> Tensor:
+    """[B]: the estimate of KL(policy || reference), summed over the tokens of each response."""
+    if rollout.reference_logprob is None:
+        return torch.zeros_like(rollout.logprob[:, 0])
+    return cleared(kl_estimate(rollout.logprob, rollout.reference_logprob, kind), rollout.mask).sum(1)
+
+
 def gae_with_kl(
     rollout: Rollout,
     *,
@@ -53,6 +72,17 @@ def gae_with_kl(
         else kl_estimate(old, rollout.reference_logprob, kl)
     )
     return token_advantages(
-        rollout.score.to(old.dtype), penalty, rollout.values.to(old.dtype), rollout.mask,
+        rollout.score.to(penalty.dtype), penalty, rollout.values.to(penalty.dtype), rollout.mask,
         kl_coef=kl_coef, gamma=gamma, lam=lam, normalize=whiten,
     )  # fmt: skip
+
+
+def returns_with_kl(
+    rollout: Rollout, *, kl_coef: float, kl: KLKind = "k1", gamma: float = 1.0, whiten: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Discounted sums of what follows each token, KL terms and score, as advantages; and those sums.
+
+    Hu, 2025, arXiv:2501.03262: REINFORCE++. It is GAE with lambda 1 where every value is 0.
+    """
+    without = replace(rollout, values=torch.zeros_like(rollout.logprob))
+    return gae_with_kl(without, kl_coef=kl_coef, kl=kl, gamma=gamma, lam=1.0, whiten=whiten)

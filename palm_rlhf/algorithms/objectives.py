@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from palm_rlhf.algorithms.row import Whole
+
+Average = Literal["token-mean", "sequence-mean", "sequence-sum", "constant"]
 
 # Beyond it a ratio says nothing, and its exponential overflows.
 MAX_LOG_RATIO = 20.0
@@ -24,9 +30,37 @@ def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) ->
     return total / (mask.sum().clamp(min=1) if count is None else count)
 
 
+def averaged(x: Tensor, mask: Tensor, whole: Whole, how: Average = "token-mean") -> Tensor:
+    """One number from x [B, R]: what a token weighs is a choice of its own.
+
+    - `token-mean`: every token the same (Yu et al., 2025, arXiv:2503.14476: DAPO);
+    - `sequence-mean`: every response the same, so that a token of a long one weighs less (Shao et al., 2024,
+      arXiv:2402.03300: GRPO);
+    - `sequence-sum`: the sum over a response, averaged over responses: the policy gradient itself;
+    - `constant`: that over the greatest length (Liu et al., 2025, arXiv:2503.20783: Dr. GRPO).
+    """
+    if how == "token-mean":
+        return masked_mean(x, mask, whole.tokens)
+    by_response = cleared(x, mask).sum(1)
+    if how == "sequence-mean":
+        by_response = by_response / mask.sum(1).clamp(min=1)
+    elif how == "constant":
+        by_response = by_response / whole.longest
+    elif how != "sequence-sum":
+        raise ValueError(
+            f"the average must be token-mean, sequence-mean, sequence-sum or constant, got {how!r}"
+        )
+    return by_response.sum() / whole.responses
+
+
 def log_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tensor:
     """log(policy / old policy) at real tokens, 0 elsewhere, clamped."""
     return cleared(logprob - old_logprob, mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def response_log_ratio(logprob: Tensor, old_logprob: Tensor, mask: Tensor) -> Tensor:
+    """[B, 1]: log of the ratio of whole responses, the sum over their tokens, clamped."""
+    return cleared(logprob - old_logprob, mask).sum(1, keepdim=True).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def clipped_policy_loss(
@@ -53,6 +87,23 @@ def clipped_policy_loss(
     if dual_clip is None:
         return loss
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+
+
+def simple_policy_loss(log_ratio: Tensor, advantages: Tensor, *, clip: float = 0.2) -> Tensor:
+    """-r A + |A| (r - 1)^2 / (2 clip) per token: its best ratio is 1 +- clip, and it has a gradient beyond.
+
+    Xie et al., 2024, arXiv:2401.16025, algorithm 1: Simple Policy Optimization.
+    """
+    ratio = log_ratio.exp()
+    return advantages.abs() * (ratio - 1).square() / (2 * clip) - ratio * advantages
+
+
+def entropy_shaped(advantages: Tensor, entropy: Tensor, *, scale: float, kappa: float = 2.0) -> Tensor:
+    """A + min(scale H, |A| / kappa), without a gradient through H: uncertain tokens are credited with more.
+
+    Cheng et al., 2025, arXiv:2506.14758, eq. 3; with kappa above 1 the sign of A stays.
+    """
+    return advantages + torch.minimum(scale * entropy.detach(), advantages.abs() / kappa)
 
 
 def clipped_value_loss(

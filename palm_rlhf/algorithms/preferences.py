@@ -40,6 +40,23 @@ def regression_loss(predictions: Tensor, labels: Tensor) -> Tensor:
     return (predictions - labels.to(predictions.dtype)).square()
 
 
+def implicit_rewards(logprob: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:
+    """beta (log pi - log pi_ref) of every token: what a model of outcomes says each step was worth.
+
+    Yuan et al., 2024, arXiv:2412.01981, proposition 3.1.
+    """
+    return beta * (_full(logprob) - _full(reference))
+
+
+def outcome_loss(rewards: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of sigmoid(sum of its rewards) with a response's label [B], 1 for right and 0 for wrong.
+
+    Yuan et al., 2024, arXiv:2412.01981, eq. 5: of the sum, since only the outcome has a label.
+    """
+    total = rewards.sum(-1)
+    return F.binary_cross_entropy_with_logits(total, labels.to(total.dtype), reduction="none")
+
+
 def expected_value(logits: Tensor, values: Tensor | None = None) -> Tensor:
     """sum_i softmax(logits)_i values_i of logits [..., bins]; the values of bins are 0, 1, 2, ... by default.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from safetensors import SafetensorError, safe_open
 
 from palm_rlhf.models.checkpoint import CheckpointError, load_palm, save_palm
 from palm_rlhf.models.palm import PaLM
+from palm_rlhf.models.value import Policy
 from palm_rlhf.tasks.calculator import Calculator, gsm8k, products
 from palm_rlhf.tokens import FileTokenizer, Tokenizer, check_fits, load_tokenizer
 from rlhf_kernels.runtime.files import write_aside
 
 # Of the calculator's problems: 1*1= to 299*4=.
 FACTORS = (299, 4)
+# Adapters of what learns to write.
+ACTOR = "actor"
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 
 
@@ -119,6 +123,21 @@ def save_model(folder: Path, loaded: Loaded) -> Path:
     """Writes the model with all that `load_model` needs."""
     kept = tokenizer_metadata(folder, loaded.tokenizer)
     return save_palm(folder / WEIGHTS, loaded.model, stop=loaded.stop, **kept)
+
+
+def merged(policy: Policy, without: Sequence[str] = ()) -> PaLM:
+    """The policy as a model without adapters of ours, so that it needs no scope to be used.
+
+    `without` are other adapters of ours that may be on it.
+    """
+    if policy.scope is None:
+        return policy.model
+    model = copy.deepcopy(policy.model)
+    model.merge_finetune_params(policy.scope)
+    for scope in without:
+        if scope in model.finetune_modules:
+            model.remove_finetune_params(scope)
+    return model
 
 
 def make_task(name: str | None, problems: Path | None, factors: tuple[int, int]) -> Calculator | None:

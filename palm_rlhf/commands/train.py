@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,17 @@ import tyro
 from torch import Tensor
 
 from palm_rlhf.algorithms.table import ALGORITHMS, Algorithm
-from palm_rlhf.commands.common import FACTORS, Loaded, load_function, load_model, make_task, save_model
+from palm_rlhf.commands import offline
+from palm_rlhf.commands.common import (
+    ACTOR,
+    FACTORS,
+    Loaded,
+    load_function,
+    load_model,
+    make_task,
+    merged,
+    save_model,
+)
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.generation import Generation
 from palm_rlhf.models.value import Policy, ValueModel, frozen
@@ -25,7 +36,9 @@ from palm_rlhf.tokens import Tokenizer, stop_token
 from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
 from rlhf_kernels.runtime.files import write_aside
 
-ACTOR, CRITIC = "actor", "critic"
+CRITIC = "critic"
+# Every row by its name: algorithms that sample, and those that learn from pairs.
+ROWS = {**ALGORITHMS, **offline.PAIR_ALGORITHMS}
 
 
 @dataclass
@@ -65,28 +78,35 @@ class Train:
     """No progress bar."""
 
 
-def form(algorithm: Algorithm) -> type:
-    """The flags of an algorithm: those of all, and its own."""
+def form(algorithm: Algorithm | offline.PairAlgorithm) -> type:
+    """The flags of an algorithm: those of its kind, and its own."""
     own = field(default_factory=algorithm.options)
-    flags = Annotated[algorithm.options, tyro.conf.arg(name="")]
-    found = make_dataclass(f"Train_{algorithm.name}", [("options", flags, own)], bases=(Train,))
-    found.__doc__ = f"{algorithm.options.__doc__.strip()}\n\n{Train.__doc__}"
+    flags = [("options", Annotated[algorithm.options, tyro.conf.arg(name="")], own)]
+    base = offline.TrainPairs
+    if isinstance(algorithm, Algorithm):
+        base, usual = Train, field(default_factory=partial(OnlineConfig, **algorithm.defaults))
+        flags.append(("online", Annotated[OnlineConfig, tyro.conf.arg(name="")], usual))
+    found = make_dataclass(f"Train_{algorithm.name}", flags, bases=(base,))
+    found.__doc__ = f"{algorithm.options.__doc__.strip()}\n\n{base.__doc__}"
     found.algorithm = algorithm
     return found
 
 
 def overview() -> str:
     """What `palm-rlhf train --help` prints."""
-    rows = (f"  {name:10}{row.options.__doc__.strip().splitlines()[0]}" for name, row in ALGORITHMS.items())
-    return (
-        "usage: palm-rlhf train ALGORITHM --model RUN --out FOLDER [flags]\n\nalgorithms:\n"
-        + "\n".join(rows)
-        + "\n\nflags: palm-rlhf train ALGORITHM --help\n"
-    )
+    kinds = (("algorithms that sample", ALGORITHMS), ("algorithms on --pairs", offline.PAIR_ALGORITHMS))
+    text = "usage: palm-rlhf train ALGORITHM --model RUN --out FOLDER [flags]\n"
+    for kind, rows in kinds:
+        text += f"\n{kind}:\n"
+        for name, row in rows.items():
+            text += f"  {name:22}{row.options.__doc__.strip().splitlines()[0]}\n"
+    return text + "\nflags: palm-rlhf train ALGORITHM --help\n"
 
 
-def run(args: Train, line: str) -> int:
+def run(args: Train | offline.TrainPairs, line: str) -> int:
     """Trains, and writes the model with the adapters merged."""
+    if isinstance(args, offline.TrainPairs):
+        return offline.run(args, line)
     folder = Run(f"train {args.algorithm.name}", args, line)
     task = make_task(args.task, args.gsm8k, args.factors)
     loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
@@ -121,7 +141,7 @@ def run(args: Train, line: str) -> int:
         eval_every=args.eval_every,
     )
     rows = folder.train(trainer, ("reward", "kl", "accuracy"))
-    saved = save_model(folder.folder, Loaded(_merged(trainer.policy), tokenizer, stop))
+    saved = save_model(folder.folder, Loaded(merged(trainer.policy, without=(CRITIC,)), tokenizer, stop))
     drawn = _concluded(trainer, task, rows, folder)
     curve = folder.draw(drawn, ("reward", "accuracy", "kl", "entropy", "response_tokens"), line)
     print(f"model  {saved}\n" + (f"curve  {curve}\n" if curve else ""), end="")
@@ -156,26 +176,23 @@ def _models(args: Train, loaded: Loaded) -> dict[str, Any]:
     if args.lora:
         for scope in (ACTOR, *((CRITIC,) if needs.critic else ())):
             model.add_finetune_params(scope, args.lora_r)
-        critic = ValueModel(model, CRITIC) if needs.critic else None
+        critic = ValueModel(model, CRITIC, **_support(args)) if needs.critic else None
         return {
             "policy": Policy(model, ACTOR),
             "reference": Policy(model) if needs.reference else None,
             "critic": critic,
         }
     reference = Policy(frozen(copy.deepcopy(model))) if needs.reference else None
-    critic = ValueModel(copy.deepcopy(model)) if needs.critic else None
+    critic = ValueModel(copy.deepcopy(model), **_support(args)) if needs.critic else None
     return {"policy": Policy(model), "reference": reference, "critic": critic}
 
 
-def _merged(policy: Policy) -> Any:
-    """The policy as a model without adapters of ours, so that it needs no scope to be used."""
-    if policy.scope is None:
-        return policy.model
-    model = copy.deepcopy(policy.model)
-    model.merge_finetune_params(ACTOR)
-    if CRITIC in model.finetune_modules:
-        model.remove_finetune_params(CRITIC)
-    return model
+def _support(args: Train) -> dict[str, Any]:
+    """The bins of the critic, where the algorithm's options have any."""
+    o = args.options
+    if not getattr(o, "critic_bins", 0):
+        return {}
+    return {"bins": o.critic_bins, "low": o.critic_low, "high": o.critic_high}
 
 
 def _concluded(trainer: OnlineTrainer, task: Calculator | None, rows: list[Any], folder: Run) -> list[Any]:

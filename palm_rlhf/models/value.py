@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from palm_rlhf.algorithms.critics import bin_centres
+from palm_rlhf.algorithms.preferences import expected_value
 from palm_rlhf.models.protocol import IGNORED, CausalModel
 from rlhf_kernels import linear_logprob
+
+# Logits that are held at a time where only a few of each row are wanted.
+_LOGITS = 2**22
 
 
 class ValueModel(nn.Module):
@@ -17,19 +24,43 @@ class ValueModel(nn.Module):
     one set of weights. Without, the whole backbone learns, and must be the critic's own.
     """
 
-    def __init__(self, model: CausalModel, scope: str | None = None) -> None:
-        """The head starts at 0 (Huang et al., 2024: every value is 0 before the first update)."""
+    def __init__(
+        self,
+        model: CausalModel,
+        scope: str | None = None,
+        *,
+        bins: int = 0,
+        low: float = -1.0,
+        high: float = 1.0,
+    ) -> None:
+        """The head starts at 0 (Huang et al., 2024: every value is 0 before the first update).
+
+        With `bins` a value is the mean of a distribution over as many equal parts of [low, high], and starts
+        in the middle of them; ValueError for a single bin, or an empty range.
+        """
         super().__init__()
         self.model, self.scope = model, scope
         weight = model.head.weight
-        self.value_head = nn.Linear(model.dim, 1, device=weight.device, dtype=weight.dtype)
+        if bins and not (bins > 1 and low < high):
+            raise ValueError(
+                f"a critic needs at least 2 bins and low < high, got {bins} from {low} to {high}"
+            )
+        centres = bin_centres(low, high, bins).to(weight) if bins else None
+        self.register_buffer("centres", centres, persistent=False)
+        self.value_head = nn.Linear(model.dim, bins or 1, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, T]: the value of the text up to and including each token: of the state before the next."""
-        hidden = self.model.hidden_states(tokens, mask=mask, scope=self.scope)
-        return self.value_head(hidden).squeeze(-1)
+        return self.scored(tokens, mask)[0]
+
+    def scored(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The same, and the logits [B, T, bins] that the values are the means of, where there are bins."""
+        found = self.value_head(self.model.hidden_states(tokens, mask=mask, scope=self.scope))
+        if self.centres is None:
+            return found.squeeze(-1), None
+        return expected_value(found, self.centres), found
 
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that learn."""
@@ -48,11 +79,64 @@ class Policy(nn.Module):
         self, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [B, R] of the tokens after the first `prompt_width`; 0 where masked."""
-        target, read = tokens[:, prompt_width:], mask
+        hidden = self._hidden(tokens, mask, prompt_width)
+        return self._scored(hidden, tokens, mask, prompt_width, temperature)
+
+    def with_head(
+        self, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float, ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and the log-probabilities [B, R, K] of other tokens `ids` at each place."""
+        hidden = self._hidden(tokens, mask, prompt_width)
+        logprob, entropy = self._scored(hidden, tokens, mask, prompt_width, temperature)
+        # In blocks whose logits are made again in the backward: [N, V] never exists.
+        blocks = zip(*(x.flatten(0, 1).split(self._block) for x in (hidden, ids)))
+        found = torch.cat(
+            [checkpoint(self._picked, *block, temperature, use_reentrant=False) for block in blocks]
+        )
+        return logprob, entropy, found.view(ids.shape)
+
+    @torch.no_grad()
+    def most_probable(
+        self, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and log-probabilities [B, R, K] of the `count` most probable tokens, at most all but one."""
+        hidden = self._hidden(tokens, mask, prompt_width)
+        count = min(count, self.model.num_tokens - 1)
+        found = [
+            self._logits(block, temperature).log_softmax(-1).topk(count)
+            for block in hidden.flatten(0, 1).split(self._block)
+        ]
+        logprob, ids = (torch.cat(parts).view(*hidden.shape[:2], count) for parts in zip(*found))
+        return ids, logprob
+
+    def _picked(self, hidden: Tensor, ids: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities [N, K] of the tokens `ids`."""
+        return self._logits(hidden, temperature).log_softmax(-1).gather(1, ids)
+
+    @property
+    def _block(self) -> int:
+        """Rows whose logits are held at a time."""
+        return max(1, _LOGITS // self.model.num_tokens)
+
+    def _logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        softcap = self.model.head.softcap
+        weight, bias = (None if x is None else x.to(hidden.dtype) for x in self.model.head[:2])
+        logits = nn.functional.linear(hidden, weight, bias)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits.float() / temperature if logits.dtype != torch.float64 else logits / temperature
+
+    def _hidden(self, tokens: Tensor, mask: Tensor | None, prompt_width: int) -> Tensor:
+        """[B, R, E]: from which each token of the response was drawn."""
+        read = None if mask is None or bool(mask.all()) else mask[:, :-1]
+        return self.model.hidden_states(tokens[:, :-1], mask=read, scope=self.scope)[:, prompt_width - 1 :]
+
+    def _scored(
+        self, hidden: Tensor, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        target = tokens[:, prompt_width:]
         if mask is not None:
             target = target.masked_fill(~mask[:, prompt_width:], IGNORED)
-            read = None if bool(mask.all()) else mask[:, :-1]
-        hidden = self.model.hidden_states(tokens[:, :-1], mask=read, scope=self.scope)[:, prompt_width - 1 :]
         head = self.model.head
         # Under autocast the hidden states have another dtype.
         weight, bias = (None if x is None else x.to(hidden.dtype) for x in head[:2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class Rollout:
         reference_logprob: [B, R], of the same tokens under the reference policy.
         values: [B, R], the critic's, before each token.
         advantages, returns: [B, R], from the estimator.
+        group: [B] int64, the same number for responses to one prompt.
+        head_ids, head_logprob: [B, R, K], the most probable tokens at each place before the update.
     """
 
     generation: Generation
@@ -31,6 +34,9 @@ class Rollout:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    group: Tensor | None = None
+    head_ids: Tensor | None = None
+    head_logprob: Tensor | None = None
 
     @property
     def logprob(self) -> Tensor:
@@ -64,13 +70,36 @@ class Rollout:
             g, tokens=g.tokens[:, first:end], mask=g.mask[:, first:end], prompt_width=g.prompt_width - first,
             logprob=g.logprob[:, :length], log_mass=g.log_mass[:, :length],
         )  # fmt: skip
-        names = ("reference_logprob", "values", "advantages", "returns")
+        names = ("reference_logprob", "values", "advantages", "returns", "head_ids", "head_logprob")
         by_token = {name: x[:, :length] for name in names if (x := getattr(self, name)) is not None}
         return replace(self, generation=cut, **by_token)
 
-    def minibatches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Rollout]:
-        """All responses once, in a fresh order, `size` at a time."""
-        for index in torch.randperm(len(self), generator=generator).split(size):
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint can hold of it: numbers and tensors."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        g = self.generation
+        return found | {"generation": {f.name: getattr(g, f.name) for f in fields(g)}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Rollout:
+        """The rollout of such a state."""
+        return cls(**(state | {"generation": Generation(**state["generation"])}))
+
+    def minibatches(
+        self, size: int, generator: torch.Generator | None = None, *, groups: bool = False
+    ) -> Iterator[Rollout]:
+        """All responses once, in a fresh order, `size` at a time; with `groups` those of a group together.
+
+        A minibatch then holds whole groups where `size` is a multiple of their size.
+        """
+        order = torch.randperm(len(self), generator=generator)
+        if groups:
+            # By the place that the first of its group drew.
+            ids, place = torch.unique(self.group.cpu(), return_inverse=True)
+            first = torch.full((len(ids),), len(self))
+            first.scatter_reduce_(0, place[order], torch.arange(len(self)), "amin")
+            order = first[place].argsort(stable=True)
+        for index in order.split(size):
             yield self.rows(index.to(self.score.device))
 
     def micro_batches(self, size: int | None) -> Iterator[Rollout]:

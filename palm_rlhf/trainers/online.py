@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palm_rlhf.algorithms.estimators import response_kl
 from palm_rlhf.algorithms.objectives import masked_mean
-from palm_rlhf.algorithms.table import Algorithm, Outputs
-from palm_rlhf.generation import Generation, generate
+from palm_rlhf.algorithms.policy import adapted
+from palm_rlhf.algorithms.row import Algorithm, Loss, Outputs, Whole
+from palm_rlhf.generation import Generation, generate, joined
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
 
@@ -34,6 +36,8 @@ class OnlineConfig:
     """Sample from so many of the most probable tokens; None: from all."""
     top_p: float | None = None
     """Sample from the smallest set of tokens with this probability; None: from all."""
+    rollout_batch: int | None = None
+    """Responses sampled at a time, to save memory; None: the whole rollout."""
     missing_stop_score: float | None = None
     """Score of a response that did not stop by itself; None: its reward."""
     epochs: int = 1
@@ -63,6 +67,10 @@ class OnlineConfig:
         for name in ("prompts", "samples", "max_new_tokens", "epochs", "minibatch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("micro_batch", "rollout_batch"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {size}")
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature must be above 0, got {self.temperature}: a greedy policy has no "
@@ -109,6 +117,7 @@ class OnlineTrainer:
         for needed, given in (("critic", critic), ("reference", reference)):
             if getattr(algorithm, needed) and given is None:
                 raise ValueError(f"{algorithm.name} needs a {needed}, got none")
+        _check_samples(algorithm, config)
         self.name, self.algorithm, self.config = algorithm.name, algorithm, config
         self.options = algorithm.options() if options is None else options
         self.policy, self.reference, self.critic = policy, reference, critic
@@ -122,12 +131,19 @@ class OnlineTrainer:
             for name in ("prompts", "sampling", "minibatches", "evaluation")
         }
         self._queue: list[int] = []
+        # Rollouts that an auxiliary phase will see again, and the values of the policy's own that it learns.
+        self._kept: list[Rollout] = []
+        self._auxiliary = ValueModel(policy.model, policy.scope) if algorithm.auxiliary else None
         self._require_gradients()
         # Larger than PyTorch's default: TensorFlow's Adam, with which PPO was tuned, divides by more.
         self._optimizers = {"policy": torch.optim.Adam(list(policy.trained()), lr=config.policy_lr, eps=1e-5)}
         if critic is not None:
             self._optimizers["critic"] = torch.optim.Adam(
                 list(critic.trained()), lr=config.critic_lr, eps=1e-5
+            )
+        if self._auxiliary is not None:
+            self._optimizers["auxiliary"] = torch.optim.Adam(
+                self._auxiliary.value_head.parameters(), lr=config.policy_lr, eps=1e-5
             )
 
     def _require_gradients(self) -> None:
@@ -150,6 +166,7 @@ class OnlineTrainer:
         estimated = time.perf_counter()
         metrics |= self.update(rollout, index)
         metrics |= self._describe(rollout)
+        self.options = adapted(self.options, rollout)
         metrics |= {
             "rollout_seconds": sampled - began,
             "scoring_seconds": estimated - sampled,
@@ -171,12 +188,17 @@ class OnlineTrainer:
 
     def rollout(self) -> Rollout:
         """Responses to the next prompts, with their scores."""
-        c = self.config
-        generation = generate(
-            self.policy.model, self.next_prompts(), max_new_tokens=c.max_new_tokens, samples=c.samples,
-            temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop, pad=self.pad,
-            generator=self._generators["sampling"], scope=self.policy.scope,
-        )  # fmt: skip
+        c, prompts = self.config, self.next_prompts()
+        size = max(1, (c.rollout_batch or len(prompts) * c.samples) // c.samples)
+        parts = [
+            generate(
+                self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
+                samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop,
+                pad=self.pad, generator=self._generators["sampling"], scope=self.policy.scope,
+            )
+            for start in range(0, len(prompts), size)
+        ]  # fmt: skip
+        generation = parts[0] if len(parts) == 1 else joined(parts, self.pad)
         score = self.reward(generation).float()
         if not bool(torch.isfinite(score).all()):
             raise ValueError(
@@ -184,7 +206,8 @@ class OnlineTrainer:
             )
         if c.missing_stop_score is not None:
             score = torch.where(generation.stopped, score, c.missing_stop_score)
-        return Rollout(generation, c.temperature, score)
+        group = torch.arange(c.prompts, device=score.device).repeat_interleave(c.samples)
+        return Rollout(generation, c.temperature, score, group=group)
 
     @torch.no_grad()
     def estimated(self, rollout: Rollout) -> Rollout:
@@ -195,34 +218,89 @@ class OnlineTrainer:
             if self.algorithm.reference:
                 found["reference_logprob"].append(F.pad(self._scored(self.reference, part)[0], missing))
             if self.algorithm.critic:
-                found["values"].append(F.pad(self._values(part), missing))
+                found["values"].append(F.pad(self._values(part, self.critic)[0], missing))
         rollout = replace(rollout, **{name: torch.cat(parts) for name, parts in found.items() if parts})
         advantages, returns = self.algorithm.estimator(rollout, self.options)
-        return replace(rollout, advantages=advantages, returns=returns)
+        rollout = replace(rollout, advantages=advantages, returns=returns)
+        return self.with_head(rollout) if self.algorithm.head else rollout
+
+    @torch.no_grad()
+    def with_head(self, rollout: Rollout) -> Rollout:
+        """The rollout with the tokens that the policy finds most probable now at every place."""
+        found = []
+        for part in rollout.micro_batches(self.config.micro_batch or self.config.minibatch):
+            g = part.generation
+            head = self.policy.most_probable(
+                g.tokens, g.mask, g.prompt_width, part.temperature, self.options.head
+            )
+            missing = (0, 0, 0, rollout.mask.shape[1] - part.mask.shape[1])
+            found.append([F.pad(x, missing) for x in head])
+        ids, logprob = (torch.cat(parts) for parts in zip(*found))
+        return replace(rollout, head_ids=ids, head_logprob=logprob)
 
     def _scored(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
         g = rollout.generation
         return policy(g.tokens, g.mask, g.prompt_width, rollout.temperature)
 
-    def _values(self, rollout: Rollout) -> Tensor:
-        """[B, R]: the value of the state before each token of the response."""
+    def _values(self, rollout: Rollout, critic: ValueModel) -> tuple[Tensor, Tensor | None]:
+        """[B, R]: the value of the state before each token of the response; logits of a critic with bins."""
         g = rollout.generation
-        return self.critic(g.tokens[:, :-1], g.mask[:, :-1])[:, g.prompt_width - 1 :]
+        values, logits = critic.scored(g.tokens[:, :-1], g.mask[:, :-1])
+        first = g.prompt_width - 1
+        return values[:, first:], None if logits is None else logits[:, first:]
 
     def outputs(self, rollout: Rollout) -> Outputs:
         """What the learner finds for these responses now."""
-        logprob, entropy = self._scored(self.policy, rollout)
-        return Outputs(logprob, entropy, self._values(rollout) if self.algorithm.critic else None)
+        head = None
+        if rollout.head_ids is None:
+            logprob, entropy = self._scored(self.policy, rollout)
+        else:
+            g = rollout.generation
+            logprob, entropy, head = self.policy.with_head(
+                g.tokens, g.mask, g.prompt_width, rollout.temperature, rollout.head_ids
+            )
+        values = self._values(rollout, self.critic) if self.algorithm.critic else (None, None)
+        return Outputs(logprob, entropy, *values, head)
 
     def update(self, rollout: Rollout, index: int) -> dict[str, float]:
         """All epochs over a rollout; the means of what the updates found."""
         self._set_rates(index)
+        found = self._learned(
+            self._minibatches(rollout, self.config.epochs), self.algorithm.objective, self.outputs, index
+        )
+        return found | self._auxiliary_phase(rollout, index)
+
+    def _auxiliary_phase(self, rollout: Rollout, index: int) -> dict[str, float]:
+        """Where the algorithm has one: keeps the rollout; once there are enough it learns from them."""
+        if self.algorithm.auxiliary is None:
+            return {}
+        self._kept.append(rollout)
+        if len(self._kept) < self.options.auxiliary_every:
+            return {}
+        # Of the policy as it is now: that is where it is to stay.
+        kept, self._kept = [self.with_head(rollout) for rollout in self._kept], []
+
+        def outputs(part: Rollout) -> Outputs:
+            return self.outputs(part)._replace(auxiliary=self._values(part, self._auxiliary)[0])
+
+        passes = kept * self.options.auxiliary_epochs
+        minibatches = (part for rollout in passes for part in self._minibatches(rollout, 1))
+        return self._learned(minibatches, self.algorithm.auxiliary, outputs, index)
+
+    def _learned(
+        self,
+        minibatches: Iterable[Rollout],
+        objective: Callable[[Rollout, Outputs, Any, Whole], Loss],
+        outputs: Callable[[Rollout], Outputs],
+        index: int,
+    ) -> dict[str, float]:
+        """An update for every minibatch; the means of what they found."""
         sums: dict[str, Tensor] = {}
         updates = 0
-        for minibatch in self._minibatches(rollout):
-            count = minibatch.mask.sum()
+        for minibatch in minibatches:
+            whole = Whole(minibatch.mask.sum(), len(minibatch), self.config.max_new_tokens)
             for part in minibatch.micro_batches(self.config.micro_batch):
-                loss = self.algorithm.objective(part, self.outputs(part), self.options, count)
+                loss = objective(part, outputs(part), self.options, whole)
                 loss.total.backward()
                 for name, value in loss.metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
@@ -230,13 +308,15 @@ class OnlineTrainer:
             updates += 1
         return {name: float(value) / updates for name, value in sums.items()}
 
-    def _minibatches(self, rollout: Rollout) -> Iterator[Rollout]:
-        for _ in range(self.config.epochs):
-            yield from rollout.minibatches(self.config.minibatch, self._generators["minibatches"])
+    def _minibatches(self, rollout: Rollout, epochs: int) -> Iterator[Rollout]:
+        for _ in range(epochs):
+            yield from rollout.minibatches(
+                self.config.minibatch, self._generators["minibatches"], groups=self.algorithm.groups
+            )
 
     def _set_rates(self, index: int) -> None:
         c = self.config
-        rates = {"policy": c.policy_lr, "critic": c.critic_lr}
+        rates = {"policy": c.policy_lr, "critic": c.critic_lr, "auxiliary": c.policy_lr}
         share = (1 - index / c.steps if c.anneal else 1.0) * min(1.0, (index + 1) / (c.warmup + 1))
         for name, optimizer in self._optimizers.items():
             for group in optimizer.param_groups:
@@ -261,6 +341,8 @@ class OnlineTrainer:
         }
         if rollout.reference_logprob is not None:
             found["kl"] = masked_mean(rollout.logprob - rollout.reference_logprob, mask)
+            found["kl_response"] = response_kl(rollout).mean()
+            found["kl_coef"] = self.options.kl_coef
         if rollout.returns is not None and rollout.values is not None:
             error = masked_mean((rollout.returns - rollout.values).square(), mask)
             spread = masked_mean((rollout.returns - masked_mean(rollout.returns, mask)).square(), mask)
@@ -273,6 +355,8 @@ class OnlineTrainer:
         if self.critic is not None:
             shared = self.critic.model is self.policy.model
             found["critic"] = self.critic.value_head if shared else self.critic
+        if self._auxiliary is not None:
+            found["auxiliary"] = self._auxiliary.value_head
         if self.reference is not None and self.reference.model is not self.policy.model:
             found["reference"] = self.reference.model
         return found
@@ -286,9 +370,29 @@ class OnlineTrainer:
         return self._generators
 
     def extra_state(self) -> dict[str, Any]:
-        """The prompts that this round still has to come to."""
-        return {"queue": list(self._queue)}
+        """The prompts that this round still has to come to, the weight of the KL term, rollouts kept."""
+        kept = [rollout.state() for rollout in self._kept]
+        return {"queue": list(self._queue), "kl_coef": self.options.kl_coef, "kept": kept}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Takes that back."""
         self._queue = list(state["queue"])
+        self._kept = [Rollout.from_state(rollout) for rollout in state["kept"]]
+        if self.options.kl_target is not None:
+            self.options = replace(self.options, kl_coef=state["kl_coef"])
+
+
+def _check_samples(algorithm: Algorithm, config: OnlineConfig) -> None:
+    if config.samples < algorithm.samples:
+        raise ValueError(
+            f"{algorithm.name} compares responses to the same prompt and needs at least "
+            f"{algorithm.samples} of them, got samples={config.samples}"
+        )
+    if not algorithm.groups:
+        return
+    for name, size in (("minibatch", config.minibatch), ("micro_batch", config.micro_batch)):
+        if size is not None and size % config.samples:
+            raise ValueError(
+                f"{algorithm.name} needs all {config.samples} responses to a prompt in one {name}, got "
+                f"{name}={size}. Choose a multiple of samples."
+            )

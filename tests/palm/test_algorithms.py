@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from palm_rlhf.algorithms.estimators import gae_with_kl, kl_estimate
 from palm_rlhf.algorithms.objectives import clipped_policy_loss, clipped_value_loss, log_ratio, masked_mean
-from palm_rlhf.algorithms.table import ALGORITHMS, Outputs, PPOOptions, ppo_estimator, ppo_objective
+from palm_rlhf.algorithms.row import Outputs, Whole
+from palm_rlhf.algorithms.table import ALGORITHMS, PPOOptions, ppo_estimator, ppo_objective
 from palm_rlhf.generation import generate
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
@@ -62,7 +63,7 @@ class Setting:
 
     def loss(self, rollout: Rollout, count=None):
         count = rollout.mask.sum() if count is None else count
-        return ppo_objective(rollout, self.outputs(rollout), self.options, count)
+        return ppo_objective(rollout, self.outputs(rollout), self.options, Whole(count, len(rollout), 9))
 
     def learns(self) -> list[torch.nn.Parameter]:
         return [*self.policy.trained(), *self.critic.trained()]
@@ -137,8 +138,10 @@ def widened(rollout: Rollout, left: int, right: int) -> Rollout:
     """More columns on both sides, of rubbish that the mask hides."""
     g = rollout.generation
     rubbish = {"reference_logprob": -9.0, "values": 7.0, "advantages": 50.0, "returns": -30.0}
-    pad = lambda x, value: F.pad(x, (0, right), value=value)  # noqa: E731
-    changed = {name: pad(getattr(rollout, name), value) for name, value in rubbish.items()}
+    pad = lambda x, value: F.pad(x, (0, 0) * (x.dim() - 2) + (0, right), value=value)  # noqa: E731
+    if rollout.head_ids is not None:
+        rubbish |= {"head_ids": 0, "head_logprob": -1.0}
+    changed = {name: pad(x, rubbish[name]) for name in rubbish if (x := getattr(rollout, name)) is not None}
     wide = replace(
         g, tokens=F.pad(g.tokens, (left, right), value=6), mask=F.pad(g.mask, (left, right)),
         prompt_width=g.prompt_width + left, logprob=pad(g.logprob, -3.0), log_mass=pad(g.log_mass, -1.0),
@@ -253,22 +256,24 @@ def test_12_what_stands_in_masked_slots_reaches_nothing(setting, rubbish):
     rollout, mask = setting.rollout, setting.rollout.mask
     hidden = ~mask
     expected_estimates = ppo_estimator(rollout, setting.options)
-    outputs = Outputs(*(x.detach() for x in setting.outputs(rollout)))
+    outputs = Outputs(*(x.detach() for x in setting.outputs(rollout)[:3]))
 
     def results(rollout, outputs):
-        given = [x.clone().requires_grad_() for x in outputs]
-        loss = ppo_objective(rollout, Outputs(*given), setting.options, mask.sum())
+        given = [x.clone().requires_grad_() for x in outputs[:3]]
+        loss = ppo_objective(rollout, Outputs(*given), setting.options, Whole(mask.sum(), len(rollout), 9))
         return [loss.total, *loss.metrics.values(), *torch.autograd.grad(loss.total, given)]
 
     expected = results(rollout, outputs)
     spoil = lambda x: x.masked_fill(hidden, rubbish)  # noqa: E731
     names = ("reference_logprob", "values", "advantages", "returns")
+    if rollout.head_ids is not None:
+        rubbish |= {"head_ids": 0, "head_logprob": -1.0}
     changed = {name: spoil(getattr(rollout, name)) for name in names}
     generation = replace(
         rollout.generation, logprob=spoil(rollout.logprob), log_mass=spoil(rollout.generation.log_mass)
     )
     spoiled = replace(rollout, generation=generation, **changed)
-    found = results(spoiled, Outputs(*map(spoil, outputs)))
+    found = results(spoiled, Outputs(*map(spoil, outputs[:3])))
     for mine, theirs in zip(found, expected):
         assert torch.equal(mine, theirs)
     for mine, theirs in zip(ppo_estimator(spoiled, setting.options), expected_estimates):

@@ -153,7 +153,7 @@ def test_the_trainers_values_are_those_before_each_token(make_palm):
     torch.nn.init.normal_(one.critic.value_head.weight, generator=torch.Generator().manual_seed(0))
     rollout = one.rollout()
     with torch.no_grad():
-        found = one._values(rollout)
+        found, _ = one._values(rollout, one.critic)
         for row in range(len(rollout)):
             text = rollout.generation.prompt(row) + rollout.generation.response(row)
             start = len(rollout.generation.prompt(row))

@@ -51,7 +51,8 @@ def test_help_names_every_command_and_every_flag_is_explained(capsys):
         # A flag without a docstring has a line that goes straight to its default.
         assert not re.findall(r"│ --[^│]*?  +\((?:default|required)", shown), words
     assert called("train", "--help") == 0
-    assert all(name in capsys.readouterr().out for name in ALGORITHMS)
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in ALGORITHMS)
 
 
 def test_a_run_leaves_config_metrics_curve_checkpoint_and_model(made):

@@ -26,7 +26,7 @@ def made(tmp_path_factory):
     ("words", "reason"),
     [
         (["stf"], "there is no command 'stf'. Did you mean 'sft'?"),
-        (["train", "pop"], "there is no algorithm 'pop'. Did you mean 'ppo'?"),
+        (["train", "pppo"], "there is no algorithm 'pppo'. Did you mean 'ppo'?"),
         (["sft"], "--out must be given. See palm-rlhf sft --help."),
         (["train", "ppo"], "--model and --out must be given"),
         (

@@ -1,0 +1,83 @@
+"""`palm-rlhf train ALGORITHM --pairs FILE`: preferences with any row of the table of offline algorithms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS, PairAlgorithm
+from palm_rlhf.commands.common import ACTOR, Loaded, load_model, merged, save_model
+from palm_rlhf.commands.runs import Run
+from palm_rlhf.models.value import Policy
+from palm_rlhf.tasks.pairs import read_pairs, split_examples
+from palm_rlhf.trainers.offline import OfflineConfig, OfflineTrainer
+
+__all__ = ["PAIR_ALGORITHMS", "PairAlgorithm", "TrainPairs", "run"]
+
+
+@dataclass
+class TrainPairs:
+    """Learn from pairs of responses to make the better one of each more probable.
+
+    A line of --pairs is {"prompt": ..., "chosen": ..., "rejected": ..., "margin": 1.5}. The prompt may be
+    left out; the margin, by how much the chosen one is better, as well, where the algorithm needs none.
+    """
+
+    model: Path
+    """Run or file to start from, such as that of palm-rlhf sft. It is the reference as well."""
+    pairs: Path
+    """Pairs as JSON lines."""
+    out: Path
+    """Folder of the run. If it is there, the run goes on."""
+    held_back: float = 0.1
+    """Share of the pairs that judge."""
+    tokenizer: str | None = None
+    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
+    lora: bool = True
+    """Learn adapters on the frozen model, not all weights."""
+    lora_r: int = 8
+    """Rank of the adapters."""
+    config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = field(default_factory=OfflineConfig)
+    save_every: int = 100
+    """Steps between checkpoints."""
+    device: str | None = None
+    """cpu or cuda; default: the GPU if there is one."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+def run(args: TrainPairs, line: str) -> int:
+    """Trains, and writes the model with the adapters merged."""
+    folder = Run(f"train {args.algorithm.name}", args, line, grows="epochs")
+    train, judge = split_examples(read_pairs(args.pairs), args.held_back, args.config.seed)
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    torch.manual_seed(args.config.seed)  # of new adapters
+    if args.lora:
+        loaded.model.add_finetune_params(ACTOR, args.lora_r)
+    policy = Policy(loaded.model, ACTOR if args.lora else None)
+    trainer = OfflineTrainer(
+        args.algorithm,
+        policy,
+        train,
+        loaded.tokenizer,
+        config=args.config,
+        options=args.options,
+        reference=Policy(loaded.model),
+        held_out=judge,
+        stop=loaded.stop,
+    )
+    before = trainer.evaluate()
+    rows = folder.train(trainer, ("loss", "accuracy", "held_out_accuracy"), steps=trainer.steps)
+    saved = save_model(folder.folder, Loaded(merged(policy), loaded.tokenizer, loaded.stop))
+    after = trainer.evaluate()
+    curve = folder.draw(rows, ("loss", "held_out_loss", "accuracy", "held_out_accuracy", "margin"), line)
+    said = ", ".join(
+        f"{name} {before[name]:.4f} to {after[name]:.4f}" for name in ("loss", "accuracy", "margin")
+    )
+    print(f"on {len(judge)} held-out pairs: {said}")
+    print(f"model  {saved}\n" + (f"curve  {curve}\n" if curve else ""), end="")
+    return 0

@@ -1,0 +1,73 @@
+"""`palm-rlhf train` with other rows of the table than PPO."""
+
+import json
+
+import pytest
+
+from palm_rlhf.trainers.log import read_metrics
+from tests.palm.command_line import called, make_inputs, refused, same_tensors, without_clock
+
+GRPO = ["--steps", "2", "--prompts", "2", "--samples", "3", "--minibatch", "3"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Inputs and an SFT run. To be left as they are."""
+    return make_inputs(tmp_path_factory.mktemp("made"))
+
+
+def start(made):
+    """What a run on prompts begins with."""
+    words = ["--model", made / "text", "--prompts-file", made / "prompts.txt", "--max-new-tokens", 4]
+    return [*words, "--reward", f"{made / 'reward.py'}:letters", "--quiet"]
+
+
+def test_grpo_samples_groups_and_resumes_bit_for_bit(made, tmp_path):
+    words = ["train", "grpo", *start(made), "--kl-target", 0.1, "--no-anneal", *GRPO]
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert called(*words, "--out", one, "--steps", 3) == 0
+    assert called(*words, "--out", other) == 0
+    assert called(*words, "--out", other, "--steps", 3) == 0
+    same_tensors(one / "model.safetensors", other / "model.safetensors")
+    assert without_clock(one) == without_clock(other)
+    rows = read_metrics(one / "metrics.jsonl")
+    assert rows[0]["kl_coef"] == 0.04
+    assert rows[0]["kl_coef"] != rows[2]["kl_coef"]
+    config = json.loads((one / "config.json").read_text())
+    # The row's own defaults, where no flag says otherwise.
+    assert (config["average"], config["samples"], config["prompts"]) == ("sequence-mean", 3, 2)
+
+
+def test_a_row_says_what_it_needs(made, tmp_path, capsys):
+    words = [*start(made), "--out", tmp_path / "run", "--steps", 1]
+    said = refused(capsys, "train", "rloo", *words, "--samples", 1)
+    assert said.startswith("rloo compares responses to the same prompt and needs at least 2 of them")
+
+
+def test_ppg_with_a_critic_of_bins_runs_its_phase(made, tmp_path):
+    words = ["train", "ppg", *start(made), "--prompts", 4, "--minibatch", 4, "--steps", 2]
+    words += ["--auxiliary-every", 2, "--critic-bins", 5, "--critic-low", 0, "--critic-high", 1]
+    words += ["--no-lora"]
+    assert called(*words, "--out", tmp_path / "run") == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert ["clone_kl" in row for row in rows] == [False, True]
+    assert called("generate", "--model", tmp_path / "run", "--prompt", "so") == 0
+
+
+def test_dpo_learns_from_a_file_of_pairs_and_its_model_writes(made, tmp_path, capsys):
+    words = ["train", "dpo", "--model", made / "text", "--pairs", made / "pairs.jsonl", "--held-back", 0.2]
+    words += ["--batch", 4, "--lr", 0.01, "--quiet"]
+    assert called(*words, "--out", tmp_path / "dpo", "--epochs", 3) == 0
+    said = capsys.readouterr().out
+    assert "on 2 held-out pairs: loss 0.6931 to 0." in said
+    rows = read_metrics(tmp_path / "dpo" / "metrics.jsonl")
+    assert abs(rows[0]["margin"]) < 1e-5 < rows[-1]["margin"]
+    assert called("generate", "--model", tmp_path / "dpo", "--prompt", "so") == 0
+
+
+def test_what_is_wrong_with_pairs_is_said(made, tmp_path, capsys):
+    words = ["train", "rebel", "--model", made / "text", "--out", tmp_path / "run", "--quiet"]
+    assert refused(capsys, *words) == "--pairs must be given. See palm-rlhf train rebel --help."
+    said = refused(capsys, *words, "--pairs", made / "pairs.jsonl")
+    assert said.startswith("rebel learns from differences of rewards, and no pair has one")
+    assert refused(capsys, "train", "dop").startswith("there is no algorithm 'dop'. Did you mean 'dpo'?")
