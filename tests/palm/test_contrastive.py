@@ -33,7 +33,7 @@ def scores(x, logprob):
     return found
 
 
-@pytest.mark.parametrize(("key", "row"), ROWS.items(), ids=str)
+@pytest.mark.parametrize(("key", "row"), ROWS.items(), ids=["-".join(map(str, key)) for key in ROWS])
 def test_every_loss_is_the_recorded_one(key, row):
     package, kind = key
     name, options = row
