@@ -54,6 +54,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     queries, keys = q.shape[2], k.shape[2]
     causal = causal and (queries > 1 or window is not None)  # a single query sees every key
+    if q_cos is not None:
+        q, k = turned(q, RotaryTable(q_cos, q_sin)), turned(k, RotaryTable(k_cos, k_sin))
     if key_mask is not None:
         masked = ~key_mask[:, None, :, None]
         k, v = k.masked_fill(masked, 0), v.masked_fill(masked, 0)
@@ -61,8 +63,6 @@ def _attend(
     if q.numel() == 0 or keys == 0:
         nothing = torch.ones((), dtype=torch.bool, device=q.device)
         return heads_inside(q.masked_fill(nothing, 0)), q.new_full(q.shape[:3], float("-inf"), dtype=wide)
-    if q_cos is not None:
-        q, k = turned(q, RotaryTable(q_cos, q_sin)), turned(k, RotaryTable(k_cos, k_sin))
     see, empty = None, None
     if key_mask is not None or window is not None or (causal and (queries != keys or softcap is not None)):
         see, empty = _mask(queries, keys, causal, window, key_mask, q.device)

@@ -80,7 +80,7 @@ CASES = (
     _case("window_causal", "2x1/1x90x90x32", "awkward", causal=True, window=20, dtypes=ALL_DTYPES),
     _case("window_both", "1x2/2x70x90x32", "awkward", mask="random", window=17, dtypes=TYPICAL),
     _case("window_more_queries", "1x2/1x90x33x32", "awkward", window=5, return_lse=True, dtypes=TYPICAL),
-    _case("softcap", "2x2/1x40x40x32", "awkward", causal=True, mask="tail", softcap=2.0, dtypes=ALL_DTYPES),
+    _case("softcap", "2x2/1x40x40x32", "awkward", causal=True, mask="tail", softcap=2.0, dtypes=TYPICAL),
     _case("gemma", "1x2/1x70x70x32", "awkward", causal=True, window=40, softcap=5.0, rotary="plain",
           return_lse=True, dtypes=TYPICAL),
     _case("head_96", "1x2/1x40x40x96", "awkward", causal=True, mask="middle", dtypes=TYPICAL),
