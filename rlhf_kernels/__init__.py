@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from rlhf_kernels.ops.advantage import gae, token_advantages
-from rlhf_kernels.ops.attention import attention, decode_attention
+from rlhf_kernels.ops.attention import attention, attention_prefix, attention_varlen, decode_attention
 from rlhf_kernels.ops.loss_head import linear_logprob, logprob
 from rlhf_kernels.ops.norm import layer_norm, rms_norm
 from rlhf_kernels.ops.normalize import NORMALIZE_PRESETS, masked_normalize
@@ -30,6 +30,8 @@ __all__ = [
     "RotaryTable",
     "RotaryTables",
     "attention",
+    "attention_prefix",
+    "attention_varlen",
     "backend",
     "decode_attention",
     "explain",

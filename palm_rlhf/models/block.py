@@ -88,12 +88,24 @@ class Block(nn.Module):
         q, k, v = heads.split((self.heads, 1, 1), dim=1)
         if self.normalized:
             q, k = self._unit(q, self.q_scale), self._unit(k, self.k_scale)
+        dropout = self.training and self.attn_dropout
+        if context.cache is None and steps > 1 and not dropout:
+            out = attention(
+                q,
+                k,
+                v,
+                causal=self.causal,
+                key_mask=context.key_mask,
+                scale=self.scale,
+                rotary=context.tables,
+            )
+            return out.transpose(1, 2).reshape(batch, steps, self.heads * self.dim_head)
         q, k = rotary(q, context.tables.query), rotary(k, context.tables.key)
         if context.cache is not None:
             k, v = context.cache.append(layer, context.slots, k, v)
         if steps == 1:
             return self._attend_step(q, k, v, context).reshape(batch, 1, self.heads * self.dim_head)
-        if self.training and self.attn_dropout:
+        if dropout:
             out = self._with_dropout(q, k, v, context.key_mask)
         else:
             out = attention(q, k, v, causal=self.causal, key_mask=context.key_mask, scale=self.scale)

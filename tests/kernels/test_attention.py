@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlhf_kernels import attention, backend
+from rlhf_kernels import RotaryTable, RotaryTables, attention, backend, rotary, rotary_tables
 from rlhf_kernels.engine.spec import TARGETS
 from rlhf_kernels.ops.attention import triton_config as config
 from rlhf_kernels.ops.attention.spec import key_mask
@@ -111,17 +111,98 @@ def test_gradcheck(name):
         )
 
 
-def test_bits_do_not_depend_on_the_batch():
-    q, k, v = _inputs(batch=3, queries=70, keys=70)
-    mask = key_mask("tail", 3, 70)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_bits_repeat_and_do_not_depend_on_the_batch(rotated):
+    q, k, v = _inputs(batch=2, queries=37, keys=40)
+    mask = key_mask("tail", 2, 40)
+    options = {"causal": True, "window": 30, "softcap": 9.0} if rotated else {"causal": True}
+    if rotated:
+        tables = rotary_tables(torch.arange(40), 32, xpos_scale_base=64, xpos_center=20)
+        options["rotary"] = RotaryTables(RotaryTable(*(t[3:] for t in tables.query)), tables.key)
+    results = []
     with backend("triton"):
-        whole = attention(q, k, v, causal=True, key_mask=mask)
-        gradients = torch.autograd.grad(whole.sum(), (q, k, v))
-        alone = [x.detach()[2:].requires_grad_() for x in (q, k, v)]
-        part = attention(*alone, causal=True, key_mask=mask[2:])
-        part_gradients = torch.autograd.grad(part.sum(), alone)
-    for a, b in zip((whole, *gradients), (part, *part_gradients)):
-        assert torch.equal(a[2:], b)
+        for rows in (slice(0, 2), slice(0, 2), slice(1, 2)):
+            own = [x.detach()[rows].requires_grad_() for x in (q, k, v)]
+            out = attention(*own, key_mask=mask[rows], **options)
+            results.append((out, *torch.autograd.grad(out.sum(), own)))
+    for a, b, c in zip(*results):
+        assert torch.equal(a, b)
+        assert torch.equal(a[1:], c)
+
+
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+@pytest.mark.parametrize("causal", [False, True])
+def test_window_counts_from_the_own_place(name, causal):
+    """Equal scores: the output is the mean of the keys that are seen, and tells them."""
+    q, k, _ = _inputs(1, 1, 1, 41, 43, 64, grad=False)
+    v = F.pad(torch.eye(43), (0, 21))[None, None]
+    with backend(name):
+        out = attention(q * 0, k, v, causal=causal, window=18)[0, 0]
+    for t, row in enumerate(out):
+        place = t + 43 - 41
+        seen = [s for s in range(43) if place - 18 < s < (place + 1 if causal else place + 18)]
+        assert row.nonzero().flatten().tolist() == seen
+        torch.testing.assert_close(row[seen], torch.full((len(seen),), 1 / len(seen)))
+
+
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+def test_softcap_bounds_the_scores(name):
+    q, k = torch.zeros(1, 1, 4, 32), torch.zeros(1, 1, 2, 32)
+    q[..., 0], k[0, 0, 0, 0] = torch.tensor([-1e4, -0.3, 1e-3, 2.0]), 1.0
+    with backend(name):
+        out, lse = attention(q, k, F.one_hot(torch.arange(2), 32)[None, None].float(), scale=1.0, softcap=1.5,
+                             return_lse=True)  # fmt: skip
+    score = 1.5 * (q[0, 0, :, 0] / 1.5).tanh()
+    torch.testing.assert_close(out[0, 0, :, 0], score.sigmoid())
+    torch.testing.assert_close(lse[0, 0], torch.log1p(score.exp()))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rotary_is_that_of_the_op(name):
+    q, k, v = _inputs(queries=40, keys=50)
+    tables = rotary_tables(torch.arange(50), 32, xpos_scale_base=32, xpos_center=25)
+    tables = RotaryTables(RotaryTable(*(t[10:] for t in tables.query)), tables.key)
+    results = []
+    with backend(name):
+        for apart in (False, True):
+            turned = (rotary(q, tables.query), rotary(k, tables.key)) if apart else (q, k)
+            out = attention(*turned, v, causal=True, rotary=None if apart else tables)
+            results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_gradcheck_of_every_option(name):
+    q, k, v = _inputs(1, 2, 1, 4, 6, 4, torch.float64)
+    tables = rotary_tables(torch.arange(6), 4)
+    tables = RotaryTables(RotaryTable(*(t[2:] for t in tables.query)), tables.key)
+
+    def call(*x):
+        return attention(*x, causal=True, window=3, softcap=2.0, rotary=tables, return_lse=True)
+
+    with backend(name):
+        assert torch.autograd.gradcheck(call, (q, k, v))
+
+
+def test_numbers_may_change_under_dynamic_compilation():
+    """One graph for all lengths and windows; PyTorch makes one for every float that an operator takes."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def record(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda q, k, v, scale, window: attention(q, k, v, causal=True, scale=scale, window=window),
+        fullgraph=True, dynamic=True, backend=record,
+    )  # fmt: skip
+    for queries, scale, window in ((9, 0.5, 4), (11, 0.5, 5), (17, 0.5, 9), (9, 0.7, 4)):
+        q, k, v = _inputs(queries=queries, keys=queries, grad=False)
+        torch.testing.assert_close(
+            compiled(q, k, v, scale, window), attention(q, k, v, causal=True, scale=scale, window=window)
+        )
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -168,6 +249,11 @@ def test_other_head_sizes_fall_back():
         ({"key_mask": torch.zeros(2, 5).bool()}, ValueError, "one entry for each key"),
         ({"scale": 0.0}, ValueError, "scale must be positive"),
         ({"scale": float("nan")}, ValueError, "scale must be positive"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+        ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"window": 2.5}, TypeError, "window must be a whole number"),
+        ({"rotary": rotary_tables(torch.arange(7), 32).query}, TypeError, "rotary must be RotaryTables"),
+        ({"rotary": rotary_tables(torch.arange(7), 32)}, ValueError, r"cos must be \[T, D/2\].* for q"),
     ],
 )  # fmt: skip
 def test_what_is_refused(change, error, match):
@@ -181,5 +267,10 @@ def test_what_is_refused(change, error, match):
 @pytest.mark.parametrize("size", config.HEAD_SIZES)
 def test_padded_rows_end_with_a_tile(target, size, dtype):
     """One backward kernel pads its rows for the other."""
-    writer, reader = (config.chosen(f"{name}_gradient", target, dtype, size) for name in ("query", "key"))
-    assert writer.block_m % reader.block_m == 0
+    if not config.serves(dtype, size):
+        pytest.skip("there are no tiles")
+    for turned in {False, config.turns(target, dtype, size)}:
+        writer, reader = (
+            config.chosen(f"{name}_gradient", target, dtype, size, turned) for name in ("query", "key")
+        )
+        assert writer.block_m % reader.block_m == 0

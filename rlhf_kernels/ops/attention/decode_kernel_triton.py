@@ -10,17 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.ops.attention.kernel_triton import LOG2E, unsupported
+from rlhf_kernels.ops.attention.kernel_triton import LOG2E, refusal
 from rlhf_kernels.ops.attention.triton_config import target_of
 from rlhf_kernels.ops.attention.triton_forward import LOWEST
 from rlhf_kernels.ops.attention.triton_tiles import dot, load
 from rlhf_kernels.runtime.launch import INTERPRETED, cdiv, launch
 
-__all__ = ["forward", "unsupported"]
-
+HEAD_SIZES = (32, 64, 128)
 MOST_SPLITS = 64  # of one row
 MOST_HEADS = 64  # of one tile; 16 in float32, whose products no matrix instruction takes
 COMBINE_WARPS = 4
+
+
+def unsupported(device: str, dtype: torch.dtype, head_size: int | None) -> str | None:
+    """Why these kernels cannot serve, or None."""
+    return refusal(dtype, head_size, HEAD_SIZES)
 
 
 @triton.jit

@@ -132,10 +132,9 @@ def narrow(
 def kernels() -> Iterator[KernelBuild]:
     """Every tile of up to 16 heads, with lengths and starts; on sm_90 without them, and 64 heads too."""
     from rlhf_kernels.ops.attention import decode_kernel_triton as k
-    from rlhf_kernels.ops.attention.triton_config import HEAD_SIZES
 
     for target in TARGETS:
-        for size in HEAD_SIZES:
+        for size in k.HEAD_SIZES:
             for dtype in ("bf16", "fp16", "fp32"):
                 yield _split(k, target, size, dtype, 8, True)
             if target == "sm_90":

@@ -1,7 +1,11 @@
-"""Attention on `F.scaled_dot_product_attention`, with the definition's semantics at the edges."""
+"""Attention on `F.scaled_dot_product_attention`, with the definition's semantics at the edges.
+
+It knows no cap on the scores: with one, all scores are held.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +15,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf_kernels.ops.attention.layout import heads_inside
+from rlhf_kernels.ops.attention.reference import seen
+from rlhf_kernels.ops.rotary import RotaryTable, rotary
+from rlhf_kernels.ops.rotary.kernel_torch import rotary as plain_rotary
 from rlhf_kernels.runtime.library import recomputed
 
 DIFFERENTIABLE = True
@@ -19,12 +26,36 @@ DIFFERENTIABLE = True
 _MASK_SAFE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp where asked for (else 0): that takes all scores, once more."""
+    return _attend(rotary, q, k, v, *options)
+
+
+def plain_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The same with rotary embeddings in plain PyTorch too: the yardstick."""
+    return _attend(plain_rotary, q, k, v, *options)
+
+
+def _attend(
+    turned: Callable[[Tensor, RotaryTable], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    key_mask: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    window: int | None = None,
+    softcap: float | None = None,
+    q_cos: Tensor | None = None,
+    q_sin: Tensor | None = None,
+    k_cos: Tensor | None = None,
+    k_sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     queries, keys = q.shape[2], k.shape[2]
-    causal = causal and queries > 1  # a single query sees every key
+    causal = causal and (queries > 1 or window is not None)  # a single query sees every key
+    if q_cos is not None:
+        q, k = turned(q, RotaryTable(q_cos, q_sin)), turned(k, RotaryTable(k_cos, k_sin))
     if key_mask is not None:
         masked = ~key_mask[:, None, :, None]
         k, v = k.masked_fill(masked, 0), v.masked_fill(masked, 0)
@@ -33,21 +64,27 @@ def forward(
         nothing = torch.ones((), dtype=torch.bool, device=q.device)
         return heads_inside(q.masked_fill(nothing, 0)), q.new_full(q.shape[:3], float("-inf"), dtype=wide)
     see, empty = None, None
-    if key_mask is not None or (causal and queries != keys):
-        see, empty = _mask(queries, keys, causal, key_mask, q.device)
-    out = _sdpa(q, k, v, see, causal and see is None, scale)
+    if key_mask is not None or window is not None or (causal and (queries != keys or softcap is not None)):
+        see, empty = _mask(queries, keys, causal, window, key_mask, q.device)
+    if softcap is None:
+        out = _sdpa(q, k, v, see, causal and see is None, scale)
+    else:
+        out = _capped(q, k, v, see, scale, softcap)
     if empty is not None:
         out = out.masked_fill(empty, 0)
-    if return_lse:
-        return heads_inside(out), _lse(q.to(wide), k.to(wide), causal, key_mask, scale)
-    return heads_inside(out), q.new_zeros(q.shape[:3], dtype=wide)
+    if not return_lse:
+        return heads_inside(out), q.new_zeros(q.shape[:3], dtype=wide)
+    scores = _scores(q.to(wide), k.to(wide), scale, softcap)
+    see, empty = _mask(queries, keys, causal, window, key_mask, q.device)
+    lse = scores.masked_fill(~see, float("-inf")).logsumexp(-1)
+    return heads_inside(out), lse.masked_fill(empty.squeeze(-1), float("-inf"))
 
 
 def backward(*args: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k and v, where the operator is opaque to autograd."""
     grad_out, grad_lse, q, k, v, _, _, *options = args
-    found = recomputed(forward, (q, k, v, *options), (grad_out, grad_lse))
-    return tuple(heads_inside(grad) for grad in found[:3])
+    found = recomputed(lambda *x: forward(*x, *options), (q, k, v), (grad_out, grad_lse))  # not for tables
+    return tuple(heads_inside(grad) for grad in found)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, see: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -68,27 +105,33 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x[:, :, None].expand(-1, -1, heads // groups, -1, -1).reshape(batch, heads, keys, size)
 
 
-def _lse(q: Tensor, k: Tensor, causal: bool, key_mask: Tensor | None, scale: float) -> Tensor:
-    (batch, heads, queries, size), (groups, keys) = q.shape, k.shape[1:3]
-    by_group = (q * scale).reshape(batch, groups, -1, size)
-    scores = (by_group @ k.transpose(-2, -1)).view(batch, heads, queries, keys)
-    see, empty = _mask(queries, keys, causal, key_mask, q.device)
-    lse = scores.masked_fill(~see, float("-inf")).logsumexp(-1)
-    return lse.masked_fill(empty.squeeze(-1), float("-inf"))
+def _capped(q: Tensor, k: Tensor, v: Tensor, see: Tensor | None, scale: float, softcap: float) -> Tensor:
+    scores = _scores(q, k, scale, softcap)
+    weights = (scores if see is None else scores.masked_fill(~see, float("-inf"))).softmax(-1)
+    return (_by_group(weights.to(v.dtype), v) @ v).view(q.shape)
+
+
+def _by_group(x: Tensor, k: Tensor) -> Tensor:
+    """[B, H, T, n] with the queries of all heads of a group in one matrix, [B, G, H/G T, n]."""
+    return x.reshape(*k.shape[:2], -1, x.shape[-1])
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """All scores, [B, H, T, S], in float32 or wider."""
+    scores = _by_group(q * scale if softcap is None else q, k) @ k.transpose(-2, -1)
+    scores = scores.view(*q.shape[:3], k.shape[2]).to(torch.promote_types(q.dtype, torch.float32))
+    return scores if softcap is None else (scores * (scale / softcap)).tanh() * softcap
 
 
 def _mask(
-    queries: int, keys: int, causal: bool, key_mask: Tensor | None, device: torch.device
+    queries: int, keys: int, causal: bool, window: int | None, key_mask: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """What each query sees, and which rows see nothing: those are let see all, and their output is cleared.
 
     (What a softmax over nothing gives, and its gradient, depends on the kernel that PyTorch picks.)
     """
-    see = torch.ones(1, 1, queries if causal else 1, keys, dtype=torch.bool, device=device)
-    if causal:
-        see = see.tril(keys - queries)
-    if key_mask is not None:
-        see = see & key_mask[:, None, None, :]
+    rows = queries if causal or window is not None else 1
+    see = seen(rows, keys, causal, window, key_mask, device)
     empty = ~see.any(-1, keepdim=True)
     return see | empty, empty
 
@@ -101,8 +144,13 @@ def attention(
     causal: bool = False,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    rotary: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The plain form with the public function's signature."""
-    out, lse = forward(q, k, v, causal, key_mask, q.shape[3] ** -0.5 if scale is None else scale, return_lse)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    tables = (None,) * 4 if rotary is None else (*rotary[0], *rotary[1])
+    out, lse = plain_forward(q, k, v, causal, key_mask, scale, return_lse, window, softcap, *tables)
     return (out, lse) if return_lse else out

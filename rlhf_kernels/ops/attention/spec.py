@@ -20,7 +20,16 @@ from rlhf_kernels.engine.spec import (
     itemsize,
     randn,
 )
-from rlhf_kernels.ops.attention import attention, decode_spec, kernel_torch, reference
+from rlhf_kernels.ops.attention import (
+    attention,
+    decode_spec,
+    kernel_torch,
+    prefix_spec,
+    reference,
+    varlen_spec,
+)
+from rlhf_kernels.ops.attention.builds import build
+from rlhf_kernels.ops.rotary import RotaryTables, rotary_tables
 
 HALF = (torch.bfloat16, torch.float16)
 TYPICAL = (torch.float32, torch.bfloat16)  # float16 is slow on CPUs
@@ -39,6 +48,9 @@ CASES = (
     _case("small", "2x4/1x64x64x32", "smoke", causal=True, mask="tail", dtypes=ALL_DTYPES),
     _case("palm_512", "2x8/1x512x512x64", causal=True, mask="tail", dtypes=TYPICAL),
     _case("palm_1024", "1x8/1x1024x1024x64", causal=True, mask="head", dtypes=TYPICAL),
+    _case("palm_xpos_512", "1x8/1x512x512x64", causal=True, mask="tail", rotary="xpos", dtypes=TYPICAL),
+    _case("mistral_512", "1x8/2x512x512x128", causal=True, window=128, dtypes=TYPICAL,
+          checked={"groups": (1,)}),
     _case("gpt2_512", "1x12/12x512x512x64", causal=True, dtypes=TYPICAL),
     _case("llama8b_512", "1x32/8x512x512x128", causal=True, dtypes=TYPICAL, checked={"groups": (0, 7)}),
     _case("encoder_512", "1x16/16x512x512x64", mask="tail", dtypes=TYPICAL, checked={"groups": (0, 15)}),
@@ -61,6 +73,18 @@ CASES = (
     _case("mask_whole_row", "2x2/1x35x35x32", "awkward", mask="row"),
     _case("strided", "2x2/1x40x40x32", "awkward", causal=True, mask="tail", strided=True),
     _case("scaled", "1x2/1x33x40x32", "awkward", causal=True, scale=0.5),
+    _case("rotary", "1x2/2x50x50x32", "awkward", causal=True, rotary="plain", dtypes=ALL_DTYPES),
+    _case("palm_ragged", "2x2/1x40x50x64", "awkward", causal=True, mask="head", rotary="xpos_rows"),
+    _case("palm_96", "1x2/1x40x40x96", "awkward", causal=True, mask="tail", rotary="xpos", dtypes=TYPICAL),
+    _case("turned_before", "1x2/1x20x20x256", "awkward", causal=True, rotary="plain_rows", dtypes=TYPICAL),
+    _case("window_causal", "2x1/1x90x90x32", "awkward", causal=True, window=20, dtypes=ALL_DTYPES),
+    _case("window_both", "1x2/2x70x90x32", "awkward", mask="random", window=17, dtypes=TYPICAL),
+    _case("window_more_queries", "1x2/1x90x33x32", "awkward", window=5, return_lse=True, dtypes=TYPICAL),
+    _case("softcap", "2x2/1x40x40x32", "awkward", causal=True, mask="tail", softcap=2.0, dtypes=TYPICAL),
+    _case("gemma", "1x2/1x70x70x32", "awkward", causal=True, window=40, softcap=5.0, rotary="plain",
+          return_lse=True, dtypes=TYPICAL),
+    _case("head_96", "1x2/1x40x40x96", "awkward", causal=True, mask="middle", dtypes=TYPICAL),
+    _case("head_256", "1x2/2x35x40x256", "awkward", causal=True),
     _case("one_query", "2x4/1x1x40x32", "awkward", causal=True, mask="head"),
     _case("two_keys", "1x2/1x33x2x32", "awkward", causal=True),
     _case("no_queries", "2x2/1x0x5x32", "awkward"),
@@ -94,26 +118,45 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: tor
         q, k, v = fused.split((H, G, G), dim=1)
     else:
         q, k, v = (randn((B, *rest, D), dtype, generator, device) for rest in ((H, T), (G, S), (G, S)))
-    args = {"q": q, "k": k, "v": v, **options}
+    args = {"q": q, "k": k, "v": v}
     if pattern:
         mask = key_mask(pattern, B, S).to(device)
         k.masked_fill_(~mask[:, None, :, None], float("nan"))
         v.masked_fill_(~mask[:, None, :, None], float("inf"))
         args["key_mask"] = mask
-    return Inputs(args, wrt=("q", "k", "v"))
+    if tables := options.pop("rotary", None):
+        args["rotary"] = _tables(tables, B, T, S, D, device)
+    return Inputs(args | options, wrt=("q", "k", "v"))
+
+
+def _tables(kind: str, B: int, T: int, S: int, D: int, device: torch.device) -> RotaryTables:
+    """Tables of the keys' positions and of the last T of them, `rows`: other positions in every row."""
+    positions = torch.arange(S, device=device)
+    if kind.endswith("rows"):
+        positions = (positions + torch.arange(B, device=device)[:, None] * 11 - 9).clamp(min=0)
+    base = 64 if kind.startswith("xpos") else None
+    keys = rotary_tables(positions, D, xpos_scale_base=base, xpos_center=S // 2).key
+    queries = rotary_tables(positions[..., S - T :], D, xpos_scale_base=base, xpos_center=S // 2).query
+    return RotaryTables(queries, keys)
 
 
 def cost(case: Case, dtype: torch.dtype, direction: Direction) -> Cost:
     """Two products forward and five backward over the pairs that may meet, 2 D operations each."""
     B, H, G, T, S, D = (case.sizes[letter] for letter in "BHGTSD")
-    queries = (S - torch.arange(S)).clamp(max=T) if case.options.get("causal") else torch.full((S,), T)
-    pattern = case.options.get("mask")
+    options = case.options
+    ahead = torch.arange(S) - (S - T)
+    window = options.get("window", 2**40)
+    # Key s is seen by the queries [first, last).
+    first = (ahead if options.get("causal") else ahead - window + 1).clamp(0, T)
+    queries = ((ahead + window).clamp(0, T) - first).clamp(min=0)
+    pattern = options.get("mask")
     seen = key_mask(pattern, B, S) if pattern else torch.ones(B, S, dtype=torch.bool)
     pairs = H * int((seen * queries).sum())
     rows, keys = B * H * T * D * itemsize(dtype), B * G * S * D * itemsize(dtype)
+    tables = 4 * (T + S) * D * (B if "rows" in options.get("rotary", "") else 1) if "rotary" in options else 0
     if direction == "forward":
-        return Cost(4 * D * pairs, 2 * rows + 2 * keys + 4 * B * H * T)
-    return Cost(10 * D * pairs, 4 * rows + 4 * keys + 4 * B * H * T)
+        return Cost(4 * D * pairs, 2 * rows + 2 * keys + 4 * B * H * T + tables)
+    return Cost(10 * D * pairs, 4 * rows + 4 * keys + 4 * B * H * T + tables)
 
 
 def narrow(
@@ -132,65 +175,51 @@ def narrow(
     args = inputs.args | {"q": rows(q)} | {name: inputs.args[name][batch][:, groups] for name in ("k", "v")}
     if "key_mask" in args:
         args["key_mask"] = args["key_mask"][batch]
+    if "rotary" in args:
+        part = Inputs({"rotary": args["rotary"]}).map(lambda t: t[batch] if t.dim() == 3 else t)
+        args |= part.args
     return Inputs(args, inputs.wrt), rows
 
 
 def kernels() -> Iterator[KernelBuild]:
-    """Every tile that may be chosen, (causal, masked): all flags on sm_90, elsewhere those of training.
-
-    Each takes the better part of a second to compile, and code without a flag is part of the code with it.
-    """
+    """Every tile that may be chosen, with the flags of training, and the mask of keys alone."""
     from rlhf_kernels.ops.attention import triton_config as config
     from rlhf_kernels.ops.attention.kernel_triton import SPAN_BLOCK, key_span_kernel
 
     span = {"key_mask": "*u8", "span": "*i32", "stride_mb": "i32", "S": "i32"}
     for target in TARGETS:
-        flags = {"bf16": ((1, 1), (1, 0)), "fp32": ((1, 1),)}
-        if target == "sm_90":
-            flags |= {"bf16": ((1, 1), (1, 0), (0, 1), (0, 0)), "fp16": ((1, 1),)}
         aligned = ("key_mask", "span")
         yield KernelBuild("key_span", key_span_kernel, span, {"BLOCK": SPAN_BLOCK}, target, aligned=aligned)
         for kernel in config.KERNELS:
             for size in config.HEAD_SIZES:
-                for dtype, choices in flags.items():
-                    for causal, masked in choices:
-                        yield _build(kernel, target, size, dtype, bool(causal), bool(masked))
+                for dtype, flags in _flags(target, size):
+                    yield build(kernel, target, size, dtype, dict.fromkeys(flags, True))
 
 
-def _build(kernel: str, target: str, size: int, dtype: str, causal: bool, masked: bool) -> KernelBuild:
-    from rlhf_kernels.ops.attention import kernel_triton as k
-    from rlhf_kernels.ops.attention.triton_config import chosen
+def _flags(target: str, size: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each takes a second or two to compile, and code without a flag is part of the code with it: single
+    flags for the usual heads on sm_90 alone."""
+    from rlhf_kernels.ops.attention import triton_config as config
 
-    function = {"forward": k.forward_kernel, "query_gradient": k.query_gradient_kernel,
-                "key_gradient": k.key_gradient_kernel}[kernel]  # fmt: skip
-    tile = chosen(kernel, target, torch.float32 if dtype == "fp32" else torch.bfloat16, size)
-    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "D": size, "CAUSAL": causal,
-                 "HAS_MASK": masked, "HAS_GRAD_LSE": causal and masked, "UPCAST": False}  # fmt: skip
-    constants |= {} if masked else {"key_mask": None, "span": None}
-    constants |= {} if causal and masked else {"grad_lse": None}
-    types = dict.fromkeys(("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"), f"*{dtype}")
-    types |= dict.fromkeys(("lse", "grad_lse", "shift", "delta"), "*fp32")
-    types |= {"key_mask": "*u8", "span": "*i32", "scale": "fp32", "scale_log2": "fp32"}
-    signature = {name: types.get(name, "i32") for name in function.arg_names if name not in constants}
-    strides = [name for name in signature if name.startswith("stride") or name == "row_pitch"]
-    return KernelBuild(
-        f"{kernel}/{dtype}/{size}{'/causal' * causal}{'/mask' * masked}",
-        function,
-        signature,
-        {name: value for name, value in constants.items() if name in function.arg_names},
-        target,
-        tile.num_warps,
-        tile.num_stages,
-        tensor_core=dtype != "fp32",
-        aligned=(*(name for name, kind in signature.items() if kind.startswith("*")), *strides),
-    )
+    training = ("CAUSAL", "HAS_MASK")
+    yield "bf16", training
+    if config.serves(torch.float32, size):
+        yield "fp32", training
+    if config.turns(target, torch.bfloat16, size):
+        yield "bf16", (*training, "ROTARY")
+    if target == "sm_90" and size in (64, 128):
+        yield "bf16", ("CAUSAL",)
+    if target == "sm_90" and size == 64:
+        yield "fp16", training
+        yield "bf16", ("HAS_MASK",)
+        yield "bf16", ("CAUSAL", "HAS_WINDOW", "HAS_CAP")
 
 
 SPECS = (
     OpSpec(
         name="attention",
         family="attention",
-        summary="exact attention: grouped heads, causal, any key mask",
+        summary="exact attention: grouped heads, rotary, causal, window, any key mask",
         function=attention,
         reference=reference.attention,
         torch_form=kernel_torch.attention,
@@ -201,5 +230,7 @@ SPECS = (
         narrow=narrow,
         kernels=kernels,
     ),
+    varlen_spec.SPEC,
+    prefix_spec.SPEC,
     decode_spec.SPEC,
 )
