@@ -26,7 +26,9 @@ def standard(x: np.ndarray, eps: float, center: bool) -> tuple[np.ndarray, np.nd
 
 def statistics(x: np.ndarray, scale: np.ndarray, center: bool) -> np.ndarray:
     """[rows, 3]: the mean in float32, 1 / std, and what is left of the mean over std; 0 for one element."""
-    mean = x.mean(-1, dtype=np.float64, keepdims=True) * center if x.size else 0 * scale
+    if not x.size:
+        return np.zeros((len(x), 3), np.float32)
+    mean = x.mean(-1, dtype=np.float64, keepdims=True) * center
     rest = (mean.astype(np.float32) - mean) * scale
     return np.concatenate((mean, scale * (x.shape[-1] != 1 or not center), rest), -1).astype(np.float32)
 

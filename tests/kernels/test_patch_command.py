@@ -67,11 +67,19 @@ def test_without_check_nothing_is_measured(capsys):
     ("words", "code", "message"),
     [
         (["trll"], 64, "unknown target 'trll': did you mean 'trl'?"),
-        (["verl", "--only", "gae"], 64, "verl has no 'gae' to replace: expected some of"),
         (["verl", "--seconds", "0"], 64, "expected a number above zero"),
     ],
 )
 def test_a_wrong_word_is_one_sentence(words, code, message, capsys):
+    _refused(words, code, message, capsys)
+
+
+def test_a_wrong_function_is_one_sentence(capsys):
+    _installed("verl")
+    _refused(["verl", "--only", "gae"], 64, "verl has no 'gae' to replace: expected some of", capsys)
+
+
+def _refused(words, code, message, capsys):
     assert cli.main(["patch", *words]) == code
     found = capsys.readouterr()
     assert message in found.err

@@ -68,7 +68,9 @@ def project(tmp_path):
     known = {"schema": roofs.SCHEMA, "machines": {machine_id(fingerprint("cpu", 1)): machine}}
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "roofs.json").write_text(json.dumps(known))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RLHF_KERNELS_CACHE": str(tmp_path / "cache")}
+    # pytest-benchmark keeps still where it finds itself in a worker of pytest-xdist.
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment = outer | {"PYTHONPATH": str(ROOT), "RLHF_KERNELS_CACHE": str(tmp_path / "cache")}
 
     def run(*words, text=PROJECT):
         (tmp_path / "test_project.py").write_text(text)
