@@ -375,7 +375,7 @@ def _fuzz(*arguments):
 
 
 def test_row_kernels_under_sanitizers_agree_with_numpy():
-    done = _fuzz("--seconds", 9)
+    done = _fuzz("--seconds", 6)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("0 failed") == 3
 
@@ -383,7 +383,7 @@ def test_row_kernels_under_sanitizers_agree_with_numpy():
 def test_row_kernels_as_they_are_built_agree_with_numpy():
     if reason := native.missing("_host"):
         pytest.skip(reason)
-    done = _fuzz("--seconds", 6, "--library", native.host().__file__)
+    done = _fuzz("--seconds", 3, "--library", native.host().__file__)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("0 failed") == 3
 

@@ -198,13 +198,16 @@ def kernels() -> Iterator[KernelBuild]:
 
 def _flags(target: str, size: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each takes a second or two to compile, and code without a flag is part of the code with it: single
-    flags for the usual heads on sm_90 alone. Heads of 96 are tiles of 128 with a mask of columns."""
+    flags for the usual heads, and small heads but for the usual flags, on sm_90 alone. Heads of 96 are tiles
+    of 128 with a mask of columns."""
     from rlhf_kernels.ops.attention import triton_config as config
 
     training = ("CAUSAL", "HAS_MASK")
     if target != "sm_90" and size == 96:
         return
     yield "bf16", training
+    if target != "sm_90" and size == 32:
+        return
     if config.serves(torch.float32, size):
         yield "fp32", training
     if config.turns(target, torch.bfloat16, size):
