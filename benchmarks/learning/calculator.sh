@@ -14,8 +14,7 @@ for file in "${PALM_RLHF_DATA:-../shared/data}"/gsm8k/train.jsonl{,.gz}; do
 done
 case $source in
   products) problems=(--task calculator) rollouts=120 ;;
-  gsm8k) problems=(--gsm8k "$found") rollouts=240 ;;
-  auto) problems=(--gsm8k "$found") rollouts=120 ;; # for the demo's five minutes
+  gsm8k | auto) problems=(--gsm8k "$found") rollouts=240 ;;
   *) echo "problems are 'products', 'gsm8k' or 'auto', got '$source'" >&2; exit 64 ;;
 esac
 if [ "$source" != products ] && [ -z "$found" ]; then
