@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from palm_rlhf.models.block import Block, Context
 from palm_rlhf.models.cache import KVCache
 from palm_rlhf.models.lora import BlockLoRA
+from palm_rlhf.models.packing import Packing
 from palm_rlhf.models.protocol import IGNORED, Head
 from rlhf_kernels import RotaryTable, RotaryTables, layer_norm, linear_logprob, rotary_tables
 
@@ -201,7 +202,19 @@ class PaLM(nn.Module):
         x = self.token_emb(tokens)
         if extra_embed is not None:
             x = x + extra_embed
-        context = self._context(tokens.shape[1], mask, cache)
+        return self._through(x, self._context(tokens.shape[1], mask, cache), scope)
+
+    def packed_hidden_states(self, tokens: Tensor, packing: Packing, *, scope: str | None = None) -> Tensor:
+        """[N, E]: see `models.packing.PackedModel`; ValueError where there is dropout of the attention."""
+        tables = (
+            RotaryTable(table.cos[packing.positions], table.sin[packing.positions])
+            for table in self._tables(packing.longest)
+        )
+        context = Context(RotaryTables(*tables), cu_seqlens=packing.cu_seqlens)
+        return self._through(self.token_emb(tokens)[None], context, scope)[0]
+
+    def _through(self, x: Tensor, context: Context, scope: str | None) -> Tensor:
+        """[B, T, E] of embeddings x: the blocks and the last norm."""
         loras = self._scope(scope) if scope is not None else (None,) * len(self.layers)
         for index, (block, lora) in enumerate(zip(self.layers, loras)):
             x = block(x, context, lora, index)
@@ -209,7 +222,7 @@ class PaLM(nn.Module):
 
     def _context(self, steps: int, mask: Tensor | None, cache: KVCache | None) -> Context:
         if cache is None:
-            return Context(self._tables(steps), mask, None, None)
+            return Context(self._tables(steps), mask)
         slots = cache.extend(steps, mask)
         return Context(cache.tables(slots), cache.key_mask, cache, slots)
 

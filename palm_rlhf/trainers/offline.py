@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.offline_table import PairAlgorithm, Scores
 from palm_rlhf.algorithms.preferences import pair_accuracy
 from palm_rlhf.generation import left_padded
+from palm_rlhf.models.packing import set_packed
 from palm_rlhf.models.value import Policy, set_dropout
 from palm_rlhf.tasks.pairs import Pair
 from palm_rlhf.tokens import Tokenizer
@@ -28,6 +29,8 @@ class OfflineConfig:
     """Pairs in one update."""
     micro_batch: int | None = None
     """Pairs in one forward pass, to save memory; None: the batch."""
+    packed: bool | None = None
+    """Compute no padding: always, never, or (None) where the model can and it pays."""
     lr: float = 1e-4
     """Learning rate."""
     warmup: int = 0
@@ -125,7 +128,9 @@ class OfflineTrainer:
         self.options = algorithm.options() if options is None else options
         self.policy, self.pad = policy, tokenizer.pad
         self.stop = tokenizer.stop if stop is None else stop
-        set_dropout(0.0, *(model for model in (policy, reference) if model is not None))
+        models = [model for model in (policy, reference) if model is not None]
+        set_dropout(0.0, *models)
+        set_packed(config.packed, *models)
         self._rows = self._tokens(pairs, tokenizer)
         self._held_out = self._tokens(held_out, tokenizer, first=len(pairs))
         self._queue: list[int] = []

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf.algorithms.estimators import response_kl
-from palm_rlhf.algorithms.objectives import masked_mean
 from palm_rlhf.algorithms.policy import adapted
 from palm_rlhf.algorithms.row import Algorithm, Loss, Outputs, Whole
 from palm_rlhf.generation import Generation, generate, joined
+from palm_rlhf.models.packing import set_packed
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
+from palm_rlhf.trainers.figures import described
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class OnlineConfig:
     """Responses in one update."""
     micro_batch: int | None = None
     """Responses in one forward pass, to save memory; None: the minibatch."""
+    packed: bool | None = None
+    """Compute no padding in updates: always, never, or (None) where the model can and it pays."""
     policy_lr: float = 1e-4
     """Learning rate of the policy."""
     critic_lr: float = 1e-4
@@ -124,7 +126,8 @@ class OnlineTrainer:
         self.reward, self.prompts, self.stop, self.pad = reward, [list(p) for p in prompts], stop, pad
         self.evaluate, self.eval_every = evaluate, eval_every
         # A ratio of probabilities must not see two masks.
-        set_dropout(0.0, *(model for model in (policy, reference, critic) if model is not None))
+        models = [model for model in (policy, reference, critic) if model is not None]
+        set_dropout(0.0, *models)
         seeds = torch.Generator().manual_seed(config.seed)
         self._generators = {
             name: torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=seeds)))
@@ -134,6 +137,7 @@ class OnlineTrainer:
         # Rollouts that an auxiliary phase will see again, and the values of the policy's own that it learns.
         self._kept: list[Rollout] = []
         self._auxiliary = ValueModel(policy.model, policy.scope) if algorithm.auxiliary else None
+        set_packed(config.packed, *models, *([self._auxiliary] if self._auxiliary else []))
         self._require_gradients()
         # Larger than PyTorch's default: TensorFlow's Adam, with which PPO was tuned, divides by more.
         self._optimizers = {"policy": torch.optim.Adam(list(policy.trained()), lr=config.policy_lr, eps=1e-5)}
@@ -165,7 +169,7 @@ class OnlineTrainer:
         rollout = self.estimated(rollout)
         estimated = time.perf_counter()
         metrics |= self.update(rollout, index)
-        metrics |= self._describe(rollout)
+        metrics |= described(rollout, self.options)
         self.options = adapted(self.options, rollout)
         metrics |= {
             "rollout_seconds": sampled - began,
@@ -330,24 +334,6 @@ class OnlineTrainer:
             if name != "policy" or index >= self.config.critic_warmup:
                 optimizer.step()
             optimizer.zero_grad()
-
-    def _describe(self, rollout: Rollout) -> dict[str, float]:
-        g, mask = rollout.generation, rollout.mask
-        found = {
-            "reward": rollout.score.mean(),
-            "response_tokens": mask.sum(1).float().mean(),
-            "stopped": g.stopped.float().mean(),
-            "log_mass": masked_mean(g.log_mass, mask),
-        }
-        if rollout.reference_logprob is not None:
-            found["kl"] = masked_mean(rollout.logprob - rollout.reference_logprob, mask)
-            found["kl_response"] = response_kl(rollout).mean()
-            found["kl_coef"] = self.options.kl_coef
-        if rollout.returns is not None and rollout.values is not None:
-            error = masked_mean((rollout.returns - rollout.values).square(), mask)
-            spread = masked_mean((rollout.returns - masked_mean(rollout.returns, mask)).square(), mask)
-            found["explained_variance"] = 1 - error / spread.clamp(min=1e-8)
-        return {name: float(value) for name, value in found.items()}
 
     def modules(self) -> dict[str, nn.Module]:
         """The policy's model, with all its adapters; the critic's too where it is another, and its head."""
