@@ -1,4 +1,4 @@
-"""The command `palm-rlhf`: sft, reward, train, generate."""
+"""The command `palm-rlhf`: sft, reward, train, generate, rollouts."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "reward": "train a reward model on pairs of a better and a worse response",
     "train": "train a model on rewards or on pairs: palm-rlhf train ppo, grpo, dpo, and others",
     "generate": "continue prompts, or choose the best of several responses",
+    "rollouts": "list what a run sampled, with rewards: of palm-rlhf train ... --keep-rollouts",
 }
 
 HELP = f"""\
@@ -48,6 +49,7 @@ a run's folder:
   metrics.jsonl       one line a step; tensorboard/ has the same
   curve.png           the most telling of them, drawn at the end
   checkpoints/        the last two, with optimizer and random states
+  rollouts/           with --keep-rollouts what was sampled: palm-rlhf rollouts --run FOLDER
   model.safetensors   the result, with its tokenizer: what --model takes, by the folder's name
 
 Ctrl-C finishes the step, saves a checkpoint and says how to go on: the same command goes on, bit for bit.

@@ -16,7 +16,7 @@ from palm_rlhf.trainers.log import RunLog, plot_metrics, read_metrics
 from rlhf_kernels.runtime.files import write_aside
 
 # What may change when a run is resumed, since no number depends on it.
-_FREE = {"out", "quiet", "save_every", "device"}
+_FREE = {"out", "quiet", "save_every", "device", "keep_rollouts"}
 
 
 class Run:

@@ -26,10 +26,12 @@ from palm_rlhf.commands.common import (
     merged,
     save_model,
 )
+from palm_rlhf.commands.rollouts import FOLDER
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.generation import Generation
 from palm_rlhf.models.value import Policy, ValueModel, frozen
 from palm_rlhf.rewards import ProgrammaticReward
+from palm_rlhf.rollout.store import RolloutStore
 from palm_rlhf.tasks.calculator import Calculator
 from palm_rlhf.tasks.text import read_lines
 from palm_rlhf.tokens import Tokenizer, stop_token
@@ -72,6 +74,8 @@ class Train:
     """Steps between two looks at the held-out problems; 0: only before and after."""
     save_every: int = 20
     """Steps between checkpoints."""
+    keep_rollouts: bool = False
+    """Keep what is sampled in OUT/rollouts: palm-rlhf rollouts --run OUT shows it."""
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -139,6 +143,7 @@ def run(args: Train | offline.TrainPairs, line: str) -> int:
         pad=tokenizer.pad,
         evaluate=accuracy if task is not None else None,
         eval_every=args.eval_every,
+        store=RolloutStore(folder.folder / FOLDER) if args.keep_rollouts else None,
     )
     rows = folder.train(trainer, ("reward", "kl", "accuracy"))
     saved = save_model(folder.folder, Loaded(merged(trainer.policy, without=(CRITIC,)), tokenizer, stop))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,11 @@ from palm_rlhf.generation import Generation, generate, joined
 from palm_rlhf.models.packing import set_packed
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
+from palm_rlhf.seeds import drawn_seeds
 from palm_rlhf.trainers.figures import described
+
+if TYPE_CHECKING:
+    from palm_rlhf.rollout.store import RolloutStore
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class OnlineTrainer:
         pad: int = 0,
         evaluate: Callable[[Policy, torch.Generator], Mapping[str, float]] | None = None,
         eval_every: int = 0,
+        store: RolloutStore | None = None,
     ) -> None:
         """
         Args:
@@ -110,6 +115,7 @@ class OnlineTrainer:
             critic: where the algorithm needs one.
             stop, pad: tokens.
             evaluate: called before the first step and every `eval_every` steps; what it returns is logged.
+            store: keeps every rollout, with its advantages; those of steps that are done again are replaced.
 
         Raises:
             ValueError: there are no prompts, or what the algorithm needs is missing.
@@ -124,7 +130,7 @@ class OnlineTrainer:
         self.options = algorithm.options() if options is None else options
         self.policy, self.reference, self.critic = policy, reference, critic
         self.reward, self.prompts, self.stop, self.pad = reward, [list(p) for p in prompts], stop, pad
-        self.evaluate, self.eval_every = evaluate, eval_every
+        self.evaluate, self.eval_every, self.store = evaluate, eval_every, store
         # A ratio of probabilities must not see two masks.
         models = [model for model in (policy, reference, critic) if model is not None]
         set_dropout(0.0, *models)
@@ -167,6 +173,8 @@ class OnlineTrainer:
         rollout = self.rollout()
         sampled = time.perf_counter()
         rollout = self.estimated(rollout)
+        if self.store is not None:
+            self.store.append(rollout, step=index)
         estimated = time.perf_counter()
         metrics |= self.update(rollout, index)
         metrics |= described(rollout, self.options)
@@ -193,12 +201,14 @@ class OnlineTrainer:
     def rollout(self) -> Rollout:
         """Responses to the next prompts, with their scores."""
         c, prompts = self.config, self.next_prompts()
+        seeds = drawn_seeds(len(prompts) * c.samples, self._generators["sampling"])
         size = max(1, (c.rollout_batch or len(prompts) * c.samples) // c.samples)
         parts = [
             generate(
                 self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
                 samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop,
-                pad=self.pad, generator=self._generators["sampling"], scope=self.policy.scope,
+                pad=self.pad, seeds=seeds[start * c.samples : (start + size) * c.samples],
+                scope=self.policy.scope,
             )
             for start in range(0, len(prompts), size)
         ]  # fmt: skip

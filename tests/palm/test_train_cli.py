@@ -71,3 +71,31 @@ def test_what_is_wrong_with_pairs_is_said(made, tmp_path, capsys):
     said = refused(capsys, *words, "--pairs", made / "pairs.jsonl")
     assert said.startswith("rebel learns from differences of rewards, and no pair has one")
     assert refused(capsys, "train", "dop").startswith("there is no algorithm 'dop'. Did you mean 'dpo'?")
+
+
+def test_rollouts_are_kept_listed_and_shown(made, tmp_path, capsys):
+    out, words = tmp_path / "run", ["train", "grpo", *start(made), *GRPO]
+    assert called(*words, "--out", out, "--keep-rollouts") == 0
+    capsys.readouterr()
+    assert called("rollouts", "--run", out, "--json") == 0
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    metrics = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert [row["reward"] for row in rows] == pytest.approx([row["reward"] for row in metrics])
+    assert all(row["responses"] == 6 and 0 < row["tokens"] <= 24 for row in rows)
+    assert called("rollouts", "--run", out) == 0
+    assert "12 responses in 2 rollouts" in capsys.readouterr().out
+    assert called("rollouts", "--run", out, "--step", -1, "--show", 3, "--json") == 0
+    best = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert called("rollouts", "--run", out, "--step", 1, "--show", 6, "--worst", "--json") == 0
+    worst = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    rewards = [row["reward"] for row in worst]
+    assert rewards == sorted(rewards)
+    assert [row["reward"] for row in best] == rewards[::-1][:3]
+    assert all(row["reward"] == sum(c.isalpha() for c in row["response"]) for row in worst)
+    (out / "model.safetensors").unlink()
+    assert called("rollouts", "--run", out, "--step", 0) == 0, (
+        "the run is not finished: the first model's tokens"
+    )
+    assert "no rollout of step 7; there are: 0 to 1" in refused(capsys, "rollouts", "--run", out, "--step", 7)
+    assert "Train with --keep-rollouts" in refused(capsys, "rollouts", "--run", made / "text")
