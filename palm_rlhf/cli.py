@@ -44,6 +44,18 @@ on your own data:
   palm-rlhf reward --model runs/book --pairs pairs.jsonl --out runs/reward
   palm-rlhf train ppo --model runs/book --prompts-file prompts.txt --reward-model runs/reward --out runs/rlhf
 
+rewards by name, for --reward:
+  FILE.py:function           called with the texts of a prompt and a response; returns a number
+  lexicon:FILE               mean weight of a response's words; lines of a word, a tab, a number; or JSON
+  sentiment:FILE             log-odds of label 1 by Naive Bayes; lines of a text, a tab, 0 or 1
+  matches:REGEX, lacks:REGEX 1 where the response has a match, or has none; else 0
+  words:5-20, characters:-80 0 for such a length, 1 less for each that is missing or too many
+  run:RUN                    a reward model, as --reward-model RUN
+  implicit:RUN               beta (log pi - log pi_ref) of a run of train dpo or kto
+  hf:NAME, hf:NAME@LABEL     a sequence-classification model of transformers; log-odds of a label
+  FILE.json                  several: {{"combine": "mean", "rewards": ["words:5-20", "run:runs/reward"]}};
+                             sum, min, or lower (mean less k deviations); "weights", "k"
+
 a run's folder:
   config.json         what the command was called with
   metrics.jsonl       one line a step; tensorboard/ has the same

@@ -20,12 +20,12 @@ from palm_rlhf.commands.common import (
     ACTOR,
     FACTORS,
     Loaded,
-    load_function,
     load_model,
     make_task,
     merged,
     save_model,
 )
+from palm_rlhf.commands.rewards import named_reward
 from palm_rlhf.commands.rollouts import FOLDER
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.generation import Generation
@@ -60,7 +60,7 @@ class Train:
     prompts_file: Path | None = None
     """Prompts instead of a task's, one a line."""
     reward: str | None = None
-    """FILE.py:function, called with the texts of a prompt and a response; returns a number."""
+    """FILE.py:function, called with the texts of a prompt and a response; or a name: palm-rlhf --help."""
     reward_model: Path | None = None
     """Run of palm-rlhf reward."""
     tokenizer: str | None = None
@@ -170,9 +170,13 @@ def make_reward(
 
         return load_reward(args.reward_model, tokenizer, on=args.device)
     if args.reward is None and task is None:
-        raise ValueError("there is no reward: give --reward FILE.py:function or --reward-model RUN")
-    function = load_function(args.reward) if args.reward is not None else task.reward
-    return ProgrammaticReward(function, tokenizer, stop=stop)
+        raise ValueError(
+            "there is no reward: give --reward FILE.py:function, or one by name (palm-rlhf --help), or "
+            "--reward-model RUN"
+        )
+    if args.reward is not None:
+        return named_reward(args.reward, tokenizer, stop, on=args.device)
+    return ProgrammaticReward(task.reward, tokenizer, stop=stop)
 
 
 def _models(args: Train, loaded: Loaded) -> dict[str, Any]:
