@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from palm_rlhf.algorithms.preferences import bradley_terry_loss, expected_value, pair_accuracy
+from palm_rlhf.algorithms.preferences import (
+    bradley_terry_loss,
+    centring_loss,
+    expected_value,
+    pair_accuracy,
+)
 from palm_rlhf.rewards.model import RewardModel
 from palm_rlhf.tasks.pairs import Labelled, Pair
 from palm_rlhf.tokens import Tokenizer
@@ -36,6 +41,10 @@ class RewardConfig:
     """Clip gradients to this norm; None: not."""
     max_tokens: int = 512
     """Tokens of a text at most, prompt and stop token included; longer ones lose their beginning."""
+    margin: float = 1.0
+    """Factor of the pairs' margins in their loss; 0 leaves them out."""
+    centring: float = 0.0
+    """Weight of the square of a pair's summed rewards, which keeps rewards around 0; 0.01 is usual."""
     stop: bool = True
     """End every text with the stop token, as a finished response does."""
     eval_every: int = 50
@@ -51,6 +60,9 @@ class RewardConfig:
             raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr must be above 0, got {self.lr}")
+        for name in ("margin", "centring"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 class _Text(NamedTuple):
@@ -160,8 +172,8 @@ class RewardTrainer:
     def evaluate(self) -> dict[str, float]:
         """Means over the examples held back, without dropout.
 
-        The loss; of pairs the accuracy and the difference of rewards; of labels the absolute error and, in
-        bins, the accuracy.
+        The loss; of pairs the accuracy, the difference of rewards and their mean; of labels the absolute
+        error and, in bins, the accuracy.
 
         Raises:
             ValueError: nothing is held back.
@@ -182,9 +194,13 @@ class RewardTrainer:
         )
         if self.pairs:
             chosen, rejected = self.model.pair_scores(tokens, mask, prompt_mask)
-            losses = bradley_terry_loss(chosen, rejected, self._numbers(rows, chosen.dtype))
+            c, margin = self.config, self._numbers(rows, chosen.dtype)
+            losses = bradley_terry_loss(chosen, rejected, c.margin * margin)
+            if c.centring:
+                losses = losses + c.centring * centring_loss(chosen, rejected)
             chosen, rejected = chosen.detach(), rejected.detach()
-            return losses, {"accuracy": pair_accuracy(chosen, rejected), "difference": chosen - rejected}
+            figures = {"accuracy": pair_accuracy(chosen, rejected), "difference": chosen - rejected}
+            return losses, figures | {"reward": (chosen + rejected) / 2}
         predictions = self.model.predictions(tokens, mask, prompt_mask)
         if not self.model.binned_output:
             labels = self._numbers(rows, predictions.dtype)

@@ -1,22 +1,26 @@
 """Rewards by words, sentiment, rules, ensembles, classifiers and training; by hand and by name."""
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from palm_rlhf.commands.common import load_function
 from palm_rlhf.commands.rewards import named_reward
 from palm_rlhf.generation import generate
 from palm_rlhf.models.value import Policy
-from palm_rlhf.rewards import Ensemble, ImplicitReward, Length, Lexicon, Matches, Sentiment
+from palm_rlhf.rewards import (
+    Ensemble,
+    ImplicitReward,
+    Length,
+    Lexicon,
+    Matches,
+    Sentiment,
+)
 from palm_rlhf.rewards.text import text_reward
 from palm_rlhf.tasks.sentiment import read_sst2
 from palm_rlhf.tokens import ByteTokenizer
 from rlhf_kernels.stacks import activate
-from tests.palm.command_line import PPO, called, make_inputs, refused
 from tests.palm.test_rewards import generation
 
 SST2 = Path(os.environ.get("PALM_RLHF_DATA", Path(__file__).parents[2] / "../shared/data")) / "sst2"
@@ -106,49 +110,6 @@ def test_what_became_more_probable_has_a_positive_implicit_reward(make_palm):
     torch.testing.assert_close(reward.tokens(g), 0.5 * (both[0] - both[1]), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(reward(g), reward.tokens(g).sum(1))
     assert not reward.tokens(g)[~g.response_mask].any()
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Inputs and an SFT run. To be left as they are."""
-    return make_inputs(tmp_path_factory.mktemp("made"))
-
-
-def test_rewards_by_name(made, tmp_path, capsys):
-    (tmp_path / "words.tsv").write_text("so\t1\nmuch\t3\n")
-    file = tmp_path / "several.json"
-    says = {"combine": "sum", "weights": [1, 10], "rewards": [f"lexicon:{tmp_path}/words.tsv", "words:-1"]}
-    file.write_text(json.dumps(says))
-    g = texts(("a", "so much"), ("b", "so"))
-    assert named_reward(str(file), BYTES, BYTES.stop)(g).tolist() == [2 - 10, 1]
-    assert named_reward("matches:much", BYTES, BYTES.stop)(g).tolist() == [1, 0]
-    words = ["generate", "--model", made / "text", "--prompt", "so", "--json", "--max-new-tokens", 8]
-    assert called(*words, "--best-of", 3, "--reward", "characters:-2") == 0
-    best = json.loads(capsys.readouterr().out)
-    assert best["reward"] == -max(0, len(best["response"]) - 2)
-    assert load_function("matches:x")("", "x") == 1
-    for name, problem in (
-        ("lexicon:", "needs a file of words with weights after the colon"),
-        ("matches:(", "is no regular expression"),
-        ("words:5", "needs bounds, as in words:5-20"),
-        ("polite", "FILE.py:function, or as one of lexicon:..., sentiment:..."),
-        (f"sentiment:{tmp_path}/words.tsv", "expected a sentence, a tab and 0 or 1"),
-        (f"implicit:{tmp_path}", "is no run that began with a model"),
-    ):
-        assert problem in refused(capsys, *words, "--best-of", 2, "--reward", name), name
-    file.write_text('{"rewards": ["words:-1"], "how": "mean"}')
-    assert "must hold" in refused(capsys, *words, "--best-of", 2, "--reward", file)
-
-
-def test_a_run_of_dpo_is_an_implicit_reward_that_a_policy_learns_from(made, tmp_path):
-    words = ["--model", made / "text", "--quiet"]
-    dpo = ["train", "dpo", *words, "--pairs", made / "pairs.jsonl", "--held-back", 0.2, "--batch", 4]
-    assert called(*dpo, "--lr", 0.01, "--beta", 0.3, "--out", tmp_path / "dpo") == 0
-    reward = named_reward(f"implicit:{tmp_path / 'dpo'}", BYTES, BYTES.stop)
-    assert reward.beta == 0.3
-    assert reward(texts(("so", " much"))).abs() > 1e-6
-    told = ["--prompts-file", made / "prompts.txt", "--reward", f"implicit:{tmp_path / 'dpo'}"]
-    assert called("train", "ppo", *words, *told, "--max-new-tokens", 4, *PPO, "--out", tmp_path / "ppo") == 0
 
 
 def small_classifier(tmp_path, labels: int):
