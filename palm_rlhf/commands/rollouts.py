@@ -13,16 +13,18 @@ import torch
 from palm_rlhf.commands.common import WEIGHTS, Loaded, load_model
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.rollout.store import FILE, RolloutStore
+from rlhf_kernels.runtime.files import write_aside
 
 FOLDER = "rollouts"
 
 
 @dataclass
 class Rollouts:
-    """List the rollouts of a run, or show responses of one.
+    """List the rollouts of a run, show responses of one, or make pairs of all to train on.
 
-    palm-rlhf rollouts --run runs/ppo
-    palm-rlhf rollouts --run runs/ppo --step -1 --show 5
+    palm-rlhf rollouts --run runs/grpo
+    palm-rlhf rollouts --run runs/grpo --step -1 --show 5
+    palm-rlhf rollouts --run runs/grpo --pairs pairs.jsonl
     """
 
     run: Path
@@ -33,6 +35,8 @@ class Rollouts:
     """So many of them: the best, by reward."""
     worst: bool = False
     """The worst instead."""
+    pairs: Path | None = None
+    """Write the best and the worst response to each prompt here, for palm-rlhf train dpo --pairs FILE."""
     model: Path | None = None
     """Run whose tokenizer decodes; default: this run's, or that of the model that it began with."""
     json: bool = False
@@ -43,7 +47,7 @@ FORM = Rollouts
 
 
 def run(args: Rollouts, line: str) -> int:
-    """Prints a line for each rollout, or for each response."""
+    """Prints a line for each rollout, or for each response; or writes pairs."""
     folder = args.run / FOLDER if (args.run / FOLDER).is_dir() else args.run
     if not (folder / FILE).is_file():
         raise ValueError(f"{args.run} has no rollouts. Train with --keep-rollouts to keep them.")
@@ -52,6 +56,8 @@ def run(args: Rollouts, line: str) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         store = RolloutStore(folder)
+    if args.pairs is not None:
+        return _pairs(args, store)
     if args.step is not None:
         return _responses(args, store)
     for about, rollout in zip(store.rollouts, store):
@@ -82,14 +88,46 @@ def _line(entry: dict[str, Any]) -> str:
     )
 
 
-def _responses(args: Rollouts, store: RolloutStore) -> int:
+def _place(step: int, store: RolloutStore) -> int:
+    """Which rollout is that of a step."""
     steps = [about["step"] for about in store.rollouts]
-    try:
-        place = args.step if args.step < 0 else steps.index(args.step)
-        rollout = store.rollout(place)
-    except (ValueError, IndexError):
+    if step < 0 and -step <= len(steps):
+        return len(steps) + step
+    if step not in steps:
         there = f"{steps[0]} to {steps[-1]}" if steps else "none"
-        raise ValueError(f"there is no rollout of step {args.step}; there are: {there}") from None
+        raise ValueError(f"there is no rollout of step {step}; there are: {there}")
+    return steps.index(step)
+
+
+def _pairs(args: Rollouts, store: RolloutStore) -> int:
+    """Writes a pair for each prompt whose responses differ in reward; equal pairs once."""
+    chosen = range(len(store.rollouts)) if args.step is None else [_place(args.step, store)]
+    loaded, found = _loaded(args), {}
+    for rollout in map(store.rollout, chosen):
+        group = torch.arange(len(rollout)) if rollout.group is None else rollout.group
+        for number in group.unique():
+            rows = (group == number).nonzero().squeeze(1)
+            best, worst = (
+                int(rows[place]) for place in (rollout.score[rows].argmax(), rollout.score[rows].argmin())
+            )
+            margin = float(rollout.score[best] - rollout.score[worst])
+            good, bad = (_entry(rollout, row, loaded) for row in (best, worst))
+            if margin > 0 and good["response"] != bad["response"] and good["response"] and bad["response"]:
+                key = (good["prompt"], good["response"], bad["response"])
+                found[key] = dict(zip(("prompt", "chosen", "rejected"), key)) | {"margin": margin}
+    if not found:
+        raise ValueError(
+            f"{args.run} has no two responses to one prompt with different rewards. Train with --samples 2 "
+            "or more."
+        )
+    write_aside(args.pairs, "".join(json.dumps(pair) + "\n" for pair in found.values()))
+    said = {"pairs": len(found), "rollouts": len(chosen), "out": str(args.pairs)}
+    print(json.dumps(said) if args.json else f"{len(found)} pairs of {len(chosen)} rollouts  {args.pairs}")
+    return 0
+
+
+def _responses(args: Rollouts, store: RolloutStore) -> int:
+    rollout = store.rollout(_place(args.step, store))
     order = rollout.score.argsort(descending=not args.worst, stable=True)[: args.show]
     loaded = _loaded(args)
     for row in order.tolist():
