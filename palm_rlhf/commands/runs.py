@@ -45,9 +45,9 @@ class Run:
             raise ValueError(f"--save-every must be at least 1, got {self.save_every}")
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--out {self.folder} is a file. Choose a folder.")
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
-            return
         file = self.folder / "config.json"
+        if not self.folder.is_dir() or not set(self.folder.iterdir()) - set(self._leftovers()):
+            return
         try:
             before = json.loads(file.read_bytes())
             length = before[self.grows]
@@ -72,6 +72,10 @@ class Run:
                 f"{self.config[self.grows]}: they may only grow."
             )
 
+    def _leftovers(self) -> list[Path]:
+        """What a killed run had written aside and not renamed yet."""
+        return [path for path in self.folder.glob(".*.*") if path.is_file() and path.suffix[1:].isdecimal()]
+
     def train(
         self, learner: loop.Learner, shown: Sequence[str], steps: int | None = None
     ) -> list[dict[str, Any]]:
@@ -82,6 +86,8 @@ class Run:
             ValueError: training failed; the text says where the last checkpoint is.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self._leftovers():
+            leftover.unlink()
         write_aside(self.folder / "config.json", json.dumps(self.config, indent=1))
         log = RunLog(self.folder, shown=shown)
         try:
