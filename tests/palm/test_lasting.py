@@ -10,7 +10,7 @@ from tests.palm.killing import STEPS, killed_and_resumed, straight
 def test_a_run_killed_again_and_again_is_the_run_that_was_not_bit_for_bit(tmp_path, kind):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     seconds = straight(kind, whole)
-    assert killed_and_resumed(kind, killed, seed=1, changes=25, seconds=seconds / 3) >= 4
+    assert killed_and_resumed(kind, killed, seed=3, changes=55, seconds=seconds / 2) >= 4
     same_tensors(whole / "model.safetensors", killed / "model.safetensors")
     rows = without_clock(killed)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
