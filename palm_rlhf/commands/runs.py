@@ -13,6 +13,7 @@ from palm_rlhf.models.checkpoint import CheckpointError
 from palm_rlhf.trainers import loop
 from palm_rlhf.trainers.checkpoints import Checkpoints
 from palm_rlhf.trainers.log import RunLog, plot_metrics, read_metrics
+from palm_rlhf.trainers.ranks import ranks
 from rlhf_kernels.runtime.files import write_aside
 
 # What may change when a run is resumed, since no number depends on it.
@@ -27,13 +28,16 @@ class Run:
 
         Args:
             command: such as "sft".
-            args: its dataclass, with the fields `out`, `quiet` and `save_every`.
+            args: its dataclass, with the fields `out`, `quiet` and `save_every`. Of several processes of a
+                launch one is `main`: it alone is to write.
             line: the command line, to resume by.
             grows: the field by which a finished run may go on.
 
         Raises:
             ValueError: `out` is something else, or a run that was begun with other flags.
         """
+        # Before a model chooses its device: each process has its own.
+        self.main = ranks().main
         self.folder, self.line, self.grows = Path(args.out), line, grows
         self.progress, self.save_every = not args.quiet, args.save_every
         self.config = {"command": command, **_flat(json.loads(json.dumps(asdict(args), default=str)))}
@@ -86,9 +90,10 @@ class Run:
             ValueError: training failed; the text says where the last checkpoint is.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self._leftovers():
-            leftover.unlink()
-        write_aside(self.folder / "config.json", json.dumps(self.config, indent=1))
+        if self.main:
+            for leftover in self._leftovers():
+                leftover.unlink()
+            write_aside(self.folder / "config.json", json.dumps(self.config, indent=1))
         log = RunLog(self.folder, shown=shown)
         try:
             loop.run(

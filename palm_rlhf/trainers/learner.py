@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from palm_rlhf.trainers.ranks import ranks
+
 
 class Order:
     """Which examples come next: each once before any comes again, in a fresh order each time."""
@@ -49,7 +51,7 @@ class Trainer:
         """
         self.name, self._order, self._batch_size = name, order, batch
         self._optimizers, self._generators = dict(optimizers), dict(generators)
-        self._max_grad_norm = max_grad_norm
+        self._max_grad_norm, self.ranks = max_grad_norm, ranks()
 
     def rates(self, index: int) -> Mapping[str, float]:
         """The learning rate of each optimizer in the step with this index."""
@@ -65,7 +67,7 @@ class Trainer:
         return self._order.next(self._batch_size)
 
     def _apply(self, index: int, loss: float = 0.0, without: Iterable[str] = ()) -> dict[str, float]:
-        """Updates with the gradients that are there, and clears them; their norms before clipping.
+        """Updates with the gradients of all processes, and clears them; their norms before clipping.
 
         Args:
             index: of the step.
@@ -75,6 +77,7 @@ class Trainer:
         Raises:
             ValueError: the loss or a norm is not finite; nothing is updated.
         """
+        self._add_gradients()
         limit = math.inf if self._max_grad_norm is None else self._max_grad_norm
         norms = {
             name: float(nn.utils.clip_grad_norm_(_parameters(optimizer), limit))
@@ -92,6 +95,16 @@ class Trainer:
                 optimizer.step()
             optimizer.zero_grad()
         return norms
+
+    def _add_gradients(self) -> None:
+        """Those of all processes: each has those of its share of an update's sum."""
+        if self.ranks.count == 1:
+            return
+        learned = {id(p): p for optimizer in self._optimizers.values() for p in _parameters(optimizer)}
+        for parameter in learned.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.sum([parameter.grad for parameter in learned.values()])
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """By the names of what they update."""

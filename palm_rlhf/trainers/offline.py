@@ -141,11 +141,12 @@ class OfflineTrainer(PassesTrainer):
         """KL(policy || reference) for an update: mean ratio of responses to other prompts, at least 0."""
         if not self.algorithm.divergence:
             return 0.0
-        total = 0.0
+        total = torch.zeros((), device=self.policy.model.device)
         for part in self._micro_batches(rows):
             mine = self._summed(self.policy, [row.prompt for row in part], [row.other for row in part])
             theirs = self._reference[torch.tensor([row.place for row in part]), 2].to(mine)
             total = total + (mine - theirs).sum()
+        self.ranks.sum([total])
         return (total / len(rows)).clamp(min=0)
 
     @torch.no_grad()
@@ -160,7 +161,8 @@ class OfflineTrainer(PassesTrainer):
             responses = [row[1 + column] for column in range(columns) for row in part]
             summed = self._summed(reference, [row.prompt for row in part] * columns, responses)
             found[[row.place for row in part]] = summed.view(columns, len(part)).t().float().cpu()
-        return found
+        # Every process has filled the places of its share.
+        return sum(self.ranks.everyones(found))
 
     def _summed(self, policy: Policy, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
         """[B]: log-probabilities of responses after their prompts, which meet in one column."""

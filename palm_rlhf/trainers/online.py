@@ -18,6 +18,7 @@ from palm_rlhf.algorithms.row import Algorithm, Loss, Outputs, Whole
 from palm_rlhf.generation import Generation, generate, joined
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
+from palm_rlhf.seeds import drawn_seeds
 from palm_rlhf.trainers.learner import Order, Trainer, linear_share, train_only
 
 
@@ -190,18 +191,26 @@ class OnlineTrainer(Trainer):
 
     def rollout(self) -> Rollout:
         """Responses to the next prompts, with their scores."""
-        c, prompts = self.config, self.next_prompts()
-        size = max(1, (c.rollout_batch or len(prompts) * c.samples) // c.samples)
+        c, whole = self.config, self.next_prompts()
+        # One for each response, so that the responses do not depend on which process samples them.
+        seeds = drawn_seeds(len(whole) * c.samples, self._generators["sampling"]).view(len(whole), -1)
+        mine = self.ranks.share(len(whole))
+        prompts, seeds = whole[mine], seeds[mine]
+        size = max(1, (c.rollout_batch or len(whole) * c.samples) // c.samples)
         parts = [
             generate(
                 self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
                 samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop,
-                pad=self.pad, generator=self._generators["sampling"], scope=self.policy.scope,
+                pad=self.pad, seeds=seeds[start : start + size], scope=self.policy.scope,
             )
             for start in range(0, len(prompts), size)
         ]  # fmt: skip
-        generation = parts[0] if len(parts) == 1 else joined(parts, self.pad)
-        score = self.reward(generation).float()
+        scores = [self.reward(part).float() for part in parts]
+        device = self.policy.model.device
+        found = self.ranks.everyones(list(zip(parts, scores)))
+        parts, scores = zip(*(pair for pairs in found for pair in pairs))
+        generation = joined([part.to(device) for part in parts], self.pad)
+        score = torch.cat([score.to(device) for score in scores])
         if not bool(torch.isfinite(score).all()):
             raise ValueError(
                 f"a reward is not finite: {score.tolist()[:8]}. Check the reward model or function."
@@ -214,14 +223,13 @@ class OnlineTrainer(Trainer):
     @torch.no_grad()
     def estimated(self, rollout: Rollout) -> Rollout:
         """The rollout with reference log-probabilities, values, advantages and returns."""
-        found: dict[str, list[Tensor]] = {"reference_logprob": [], "values": []}
-        for part in rollout.micro_batches(self.config.micro_batch or self.config.minibatch):
-            missing = (0, rollout.mask.shape[1] - part.mask.shape[1])
-            if self.algorithm.reference:
-                found["reference_logprob"].append(F.pad(self._scored(self.reference, part)[0], missing))
-            if self.algorithm.critic:
-                found["values"].append(F.pad(self._values(part, self.critic)[0], missing))
-        rollout = replace(rollout, **{name: torch.cat(parts) for name, parts in found.items() if parts})
+        scored: dict[str, Callable[[Rollout], Tensor]] = {}
+        if self.algorithm.reference:
+            scored["reference_logprob"] = lambda part: self._scored(self.reference, part)[0]
+        if self.algorithm.critic:
+            scored["values"] = lambda part: self._values(part, self.critic)[0]
+        found = self._by_all(rollout, lambda part: [score(part) for score in scored.values()])
+        rollout = replace(rollout, **dict(zip(scored, found)))
         advantages, returns = self.algorithm.estimator(rollout, self.options)
         rollout = replace(rollout, advantages=advantages, returns=returns)
         return self.with_head(rollout) if self.algorithm.head else rollout
@@ -229,16 +237,29 @@ class OnlineTrainer(Trainer):
     @torch.no_grad()
     def with_head(self, rollout: Rollout) -> Rollout:
         """The rollout with the tokens that the policy finds most probable now at every place."""
-        found = []
-        for part in rollout.micro_batches(self.config.micro_batch or self.config.minibatch):
+
+        def head(part: Rollout) -> tuple[Tensor, Tensor]:
             g = part.generation
-            head = self.policy.most_probable(
+            return self.policy.most_probable(
                 g.tokens, g.mask, g.prompt_width, part.temperature, self.options.head
             )
-            missing = (0, 0, 0, rollout.mask.shape[1] - part.mask.shape[1])
-            found.append([F.pad(x, missing) for x in head])
-        ids, logprob = (torch.cat(parts) for parts in zip(*found))
+
+        ids, logprob = self._by_all(rollout, head)
         return replace(rollout, head_ids=ids, head_logprob=logprob)
+
+    def _by_all(self, rollout: Rollout, score: Callable[[Rollout], Sequence[Tensor]]) -> list[Tensor]:
+        """What `score` finds for parts of a rollout, [B, R, ...] each: every process scores its share."""
+        found = []
+        for part in self._share(rollout, self.config.micro_batch or self.config.minibatch):
+            short = rollout.mask.shape[1] - part.mask.shape[1]
+            found.append([F.pad(x, (0, 0) * (x.dim() - 2) + (0, short)) for x in score(part)])
+        return self.ranks.joined([torch.cat(parts) for parts in zip(*found)], rollout.score.device)
+
+    def _share(self, rollout: Rollout, size: int | None) -> Iterator[Rollout]:
+        """The part of a rollout that this process computes, at most `size` responses at a time."""
+        share = self.ranks.share(len(rollout), self.config.samples if self.algorithm.groups else 1)
+        if share.start < share.stop:
+            yield from rollout.rows(share).micro_batches(size)
 
     def _scored(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
         g = rollout.generation
@@ -301,14 +322,14 @@ class OnlineTrainer(Trainer):
         updates = 0
         for minibatch in minibatches:
             whole = Whole(minibatch.mask.sum(), len(minibatch), self.config.max_new_tokens)
-            for part in minibatch.micro_batches(self.config.micro_batch):
+            for part in self._share(minibatch, self.config.micro_batch):
                 loss = objective(part, outputs(part), self.options, whole)
                 loss.total.backward()
                 for name, value in loss.metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
             self._apply(index, without=("policy",) if index < self.config.critic_warmup else ())
             updates += 1
-        return {name: float(value) / updates for name, value in sums.items()}
+        return self.ranks.summed({name: float(value) / updates for name, value in sums.items()})
 
     def _minibatches(self, rollout: Rollout, epochs: int) -> Iterator[Rollout]:
         for _ in range(epochs):

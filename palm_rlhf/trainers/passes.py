@@ -145,11 +145,11 @@ class PassesTrainer(Trainer):
                 (losses.sum() / len(rows)).backward()
             for name, values in {"loss": losses, **figures}.items():
                 sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())
-        return {name: value / len(rows) for name, value in sums.items()}
+        return {name: value / len(rows) for name, value in self.ranks.summed(sums).items()}
 
     def _micro_batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
-        """Texts of like length together: less padding."""
+        """This process's share of them, texts of like length together: less padding, and as much for each."""
         size = self.config.micro_batch or self.config.batch
-        ordered = sorted(rows, key=lambda row: row.length)
+        ordered = sorted(rows, key=lambda row: row.length)[self.ranks.index :: self.ranks.count]
         for start in range(0, len(ordered), size):
             yield ordered[start : start + size]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,15 +122,11 @@ class SFTTrainer(Trainer):
         c = self.config
         began = time.perf_counter()
         self.model.train()
-        batches = [self._batch(self.samples, self._next_indices()) for _ in range(c.accumulate)]
+        taken = [torch.tensor(self._next_indices()) for _ in range(c.accumulate)]
         # Of the whole update: with a mean for each part, tokens in short samples would weigh more.
-        count = sum(int(learned.sum()) for _, _, learned in batches)
+        count = sum(map(self.samples.count_learned, taken))
         self._set_rates(index)
-        loss = 0.0
-        for batch in batches:
-            part = self._loss_sum(*batch) / count
-            part.backward()
-            loss += float(part.detach())
+        loss = self.ranks.summed({"loss": sum(self._learn(index, count) for index in taken)})["loss"]
         norm = self._apply(index, loss)["model"]
         found = {"loss": loss, "lr": c.rate(index), "grad_norm": norm}
         found["tokens_per_second"] = count / (time.perf_counter() - began)
@@ -140,9 +135,17 @@ class SFTTrainer(Trainer):
             found["validation_perplexity"] = math.exp(min(found["validation_loss"], 700.0))
         return found
 
-    def _batch(self, samples: Samples, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _learn(self, indices: Tensor, count: int) -> float:
+        """This process's share of a batch: its loss over the tokens of the update; leaves its gradients."""
+        mine = indices[self.ranks.share(len(indices))]
+        if not len(mine):
+            return 0.0
+        loss = self._loss_sum(*self._batch(self.samples, mine)) / count
+        loss.backward()
+        return float(loss.detach())
+
+    def _batch(self, samples: Samples, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, mask, and which tokens are learned: [B, L] each."""
-        index = torch.as_tensor(indices)
         tokens, mask = samples.batch(index)
         return tuple(x.to(self.model.device) for x in (tokens, mask, samples.learned(index, mask)))
 
@@ -159,14 +162,10 @@ class SFTTrainer(Trainer):
         if self.held_back is None:
             raise ValueError("validation_loss: no samples are held back")
         self.model.eval()
-        total, count = 0.0, 0
-        for index in torch.arange(min(len(self.held_back), self.config.eval_samples)).split(
-            self.config.batch
-        ):
-            batch = self._batch(self.held_back, index)
-            total += float(self._loss_sum(*batch))
-            count += int(batch[2].sum())
-        return total / count
+        total, whole = 0.0, torch.arange(min(len(self.held_back), self.config.eval_samples))
+        for index in whole[self.ranks.share(len(whole))].split(self.config.batch):
+            total += float(self._loss_sum(*self._batch(self.held_back, index)))
+        return self.ranks.summed({"": total})[""] / self.held_back.count_learned(whole)
 
     def modules(self) -> dict[str, nn.Module]:
         """The model."""

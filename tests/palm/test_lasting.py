@@ -3,7 +3,7 @@
 import pytest
 
 from tests.palm.command_line import same_tensors, without_clock
-from tests.palm.killing import STEPS, killed_and_resumed, straight
+from tests.palm.processes import STEPS, killed_and_resumed, straight
 
 
 @pytest.mark.parametrize("kind", ["ppo", "dpo"])

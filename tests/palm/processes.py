@@ -1,9 +1,10 @@
-"""Runs in processes of their own that are killed: before a given change of a file, or by the clock."""
+"""Small runs of every kind in processes of their own: several together, or killed at a given moment."""
 
 import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -17,12 +18,16 @@ from palm_rlhf.commands.runs import Run
 from palm_rlhf.models.checkpoint import save_palm
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy, ValueModel
+from palm_rlhf.rewards import RewardModel
 from palm_rlhf.tasks.pairs import Pair
-from palm_rlhf.tasks.text import windows
+from palm_rlhf.tasks.text import lines
 from palm_rlhf.tokens import ByteTokenizer
 from palm_rlhf.trainers.offline import OfflineConfig, OfflineTrainer
 from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
+from palm_rlhf.trainers.ranks import ranks
+from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
 from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer
+from rlhf_kernels.stacks import activate
 
 STEPS = 6
 # What changes a folder, as CPython announces it.
@@ -32,14 +37,14 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__, "torch.utils.tensorboard", "torch._dynamo"])
 
 
-def made(*scopes: str, dropout: float = 0.0) -> PaLM:
+def made(*scopes: str, dtype: torch.dtype = torch.float32) -> PaLM:
     """A tiny model; its adapters do something."""
     torch.manual_seed(0)
     sizes = {"dim": 32, "num_tokens": 256, "depth": 2, "heads": 2, "dim_head": 16, "ff_mult": 2}
-    model = PaLM(**sizes, attn_dropout=dropout, ff_dropout=dropout, finetune_scopes=scopes)
+    model = PaLM(**sizes, finetune_scopes=scopes)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)
-    return model
+    return model.to(dtype)
 
 
 def letters(generation):
@@ -48,9 +53,9 @@ def letters(generation):
     return ((responses > 96) & (responses < 123) & generation.response_mask).sum(1).float()
 
 
-def online(name: str, options: dict, **config) -> OnlineTrainer:
+def online(name: str, options: dict, dtype=torch.float32, **config) -> OnlineTrainer:
     """Of any row of the table."""
-    row, model = ALGORITHMS[name], made("actor", "critic")
+    row, model = ALGORITHMS[name], made("actor", "critic", dtype=dtype)
     sizes = {"prompts": 4, "samples": 2, "max_new_tokens": 5, "minibatch": 4, "steps": STEPS, "epochs": 2}
     return OnlineTrainer(
         row, Policy(model, "actor"), letters, [[97 + i] * (1 + i % 3) for i in range(7)],
@@ -60,27 +65,43 @@ def online(name: str, options: dict, **config) -> OnlineTrainer:
     )  # fmt: skip
 
 
-def offline(name: str, **config) -> OfflineTrainer:
+def offline(name: str, dtype=torch.float32, **config) -> OfflineTrainer:
     """Of any row of the table."""
     pairs = [Pair("yes" + "s" * i, "no", f"{i}?", margin=1.0 + i) for i in range(10)]
     sizes = {"batch": 5, "epochs": STEPS // 2, "eval_every": 2, "lr": 1e-2}
-    model = made("actor")
+    model = made("actor", dtype=dtype)
     return OfflineTrainer(
         PAIR_ALGORITHMS[name], Policy(model, "actor"), pairs, ByteTokenizer(), reference=Policy(model),
         config=OfflineConfig(**sizes | config), held_out=pairs[:3],
     )  # fmt: skip
 
 
-def supervised(dropout: float = 0.0, **config) -> SFTTrainer:
-    """On windows of unlike lengths."""
-    samples, judge = windows("the quick brown fox " * 20, ByteTokenizer(), 8).divided(0.1)
-    sizes = {"steps": STEPS, "batch": 4, "warmup": 2, "eval_every": 4}
-    return SFTTrainer(made(dropout=dropout), samples, judge, SFTConfig(**sizes | config))
+def supervised(dtype=torch.float32, **config) -> SFTTrainer:
+    """On lines of unlike lengths."""
+    samples, judge = lines(["word " * (1 + i % 4) for i in range(12)], ByteTokenizer()).divided(0.2)
+    sizes = {"steps": STEPS, "batch": 4, "warmup": 2, "eval_every": 2}
+    return SFTTrainer(made(dtype=dtype), samples, judge, SFTConfig(**sizes | config))
 
 
-LEARNERS = {
+def rewarding(dtype=torch.float32, **config) -> RewardTrainer:
+    """On pairs."""
+    pairs = [Pair("yes" + "s" * i, "no", f"{i}?") for i in range(7)]
+    sizes = {"batch": 5, "epochs": 2, "lr": 1e-2}
+    model = RewardModel(made(dtype=dtype), dropout=0.0).to(dtype)
+    return RewardTrainer(model, pairs, ByteTokenizer(), config=RewardConfig(**sizes | config))
+
+
+KILLED = {
     "ppo": lambda: online("ppo", {"kl_target": 1.0}, samples=1, epochs=1),
     "dpo": lambda: offline("dpo"),
+}
+# In float64: what rounding makes of a step of Adam is more than 1e-6 in float32. Of odd sizes: a share may be
+# larger than another, and the last batch of a pass is one pair.
+SHARED = {
+    "sft": lambda: supervised(torch.float64, batch=3, accumulate=2, steps=3),
+    "ppo": lambda: online("ppo", {}, torch.float64, prompts=3, samples=1, minibatch=2, steps=3),
+    "kto": lambda: offline("kto", torch.float64, batch=3, micro_batch=2, epochs=1),
+    "reward": lambda: rewarding(torch.float64, batch=3, epochs=1),
 }
 
 
@@ -106,7 +127,7 @@ def _run(kind: str, folder: str, at: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    learner = LEARNERS[kind]()
+    learner = KILLED[kind]()
     Run(kind, Flags(Path(folder)), kind).train(learner, ())
     save_palm(Path(folder) / "model.safetensors", learner.policy.model)
 
@@ -145,3 +166,39 @@ def killed_and_resumed(kind: str, folder: Path, *, seed: int, changes: int, seco
             assert process.exitcode == 0
             return kills
     raise AssertionError("the run does not come to its end")
+
+
+def train(kind: str, folder: Path, steps: int) -> dict[str, torch.Tensor]:
+    """A run up to so many steps; all weights that came of it."""
+    learner = SHARED[kind]()
+    Run(kind, Flags(folder, save_every=2, steps=steps), kind).train(learner, ())
+    return {
+        f"{name}.{key}": x
+        for name, module in learner.modules().items()
+        for key, x in module.state_dict().items()
+    }
+
+
+def _one_of(count: int, index: int, port: int, folder: Path) -> None:
+    """A process of several, as torchrun and accelerate's launcher start it."""
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    here |= {"WORLD_SIZE": count, "RANK": index, "LOCAL_WORLD_SIZE": count, "LOCAL_RANK": index}
+    os.environ |= {name: str(value) for name, value in here.items()}
+    activate()  # accelerate, where it is among the peers
+    for kind in SHARED:
+        # In two goes, so that it is resumed in between.
+        train(kind, folder / kind, 2)
+        torch.save(train(kind, folder / kind, 3), folder / f"{kind}-{ranks().index}.pt")
+
+
+def launched(count: int, folder: Path) -> None:
+    """Runs all kinds in so many processes that train together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [_CONTEXT.Process(target=_one_of, args=(count, i, port, folder)) for i in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count
