@@ -95,6 +95,9 @@ def run(args: Reward, line: str) -> int:
     rows = folder.train(trainer, ("loss", "accuracy", "held_out_accuracy"), steps=trainer.steps)
     if samples is not None:
         mean, deviation = ModelReward(model).normalize_on(samples)
+    if not folder.main:
+        return 0
+    if samples is not None:
         said = f"mean {mean:.3f} and deviation {deviation:.3f}, now 0 and 1"
         print(f"rewards of {len(samples.tokens)} responses after training: {said}")
     kept = tokenizer_metadata(folder.folder, loaded.tokenizer)

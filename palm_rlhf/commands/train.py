@@ -143,9 +143,11 @@ def run(args: Train | offline.TrainPairs, line: str) -> int:
         pad=tokenizer.pad,
         evaluate=accuracy if task is not None else None,
         eval_every=args.eval_every,
-        store=RolloutStore(folder.folder / FOLDER) if args.keep_rollouts else None,
+        store=RolloutStore(folder.folder / FOLDER) if args.keep_rollouts and folder.main else None,
     )
     rows = folder.train(trainer, ("reward", "kl", "accuracy"))
+    if not folder.main:
+        return 0
     saved = save_model(folder.folder, Loaded(merged(trainer.policy, without=(CRITIC,)), tokenizer, stop))
     drawn = _concluded(trainer, task, rows, folder)
     curve = folder.draw(drawn, ("reward", "accuracy", "kl", "entropy", "response_tokens"), line)
