@@ -2,17 +2,24 @@
 
 `python benchmarks/packing.py` prints a row for each size: width, rows, longest prompt and response (tokens),
 share of real tokens, milliseconds of both, the ratio of the fastest; `rule` is what `packed=None` chooses.
+Then the share of padding in batches of 64 texts as bytes: GSM8K's products with their answers, and SST-2's
+sentences behind their first five words (data in $PALM_RLHF_DATA, else beside the checkout).
 """
 
 from __future__ import annotations
 
+import os
+import random
 import time
+from pathlib import Path
 
 import torch
 
 from palm_rlhf.models.packing import pays, set_packed
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy
+from palm_rlhf.tasks.calculator import answer, gsm8k
+from palm_rlhf.tasks.sentiment import read_sst2
 
 # Width, vocabulary, rows, longest prompt, longest response, shortest over longest.
 CASES = (
@@ -24,6 +31,7 @@ CASES = (
     (256, 20000, 8, 32, 48, 0.3),
 )
 TURNS = 6
+DATA = Path(os.environ.get("PALM_RLHF_DATA", Path(__file__).parents[1] / "../shared/data"))
 
 
 def batch(rows: int, prompt: int, response: int, shortest: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,6 +43,28 @@ def batch(rows: int, prompt: int, response: int, shortest: float) -> tuple[torch
     columns = torch.arange(prompt + response)
     mask = (columns >= prompt - left) & (columns < prompt + right)
     return torch.randint(1, 257, mask.shape, generator=draw), mask
+
+
+def padding(lengths: list[tuple[int, int]], rows: int = 64, batches: int = 50) -> float:
+    """Mean share of padding where prompts are padded to the longest of a batch, and responses as well."""
+    draw, found = random.Random(0), []
+    for _ in range(batches):
+        taken = draw.sample(lengths, rows)
+        whole = rows * sum(max(side) for side in zip(*taken))
+        found.append(1 - sum(map(sum, taken)) / whole)
+    return sum(found) / batches
+
+
+def data() -> dict[str, list[tuple[int, int]]]:
+    """Bytes of prompts and responses, where the data are."""
+    found = {}
+    if (file := DATA / "gsm8k" / "train.jsonl.gz").is_file():
+        found["gsm8k"] = [(len(p), len(answer(p)) + 1) for p in gsm8k(file).train]
+    if (file := DATA / "sst2" / "dev.tsv").is_file():
+        words = [each.text.split(" ") for each in read_sst2(file)]
+        split = [(" ".join(text[:5]), " ".join(text[5:])) for text in words if len(text) > 5]
+        found["sst2"] = [(len(prompt), len(response) + 2) for prompt, response in split]
+    return found
 
 
 def main() -> None:
@@ -58,6 +88,8 @@ def main() -> None:
             f"{width:5}{rows:6}{prompt:8}{response:10}{mask.float().mean():6.2f}{padded:11.1f}{packed:11.1f}"
             f"{packed / padded:7.2f}  {rule}"
         )
+    for name, lengths in data().items():
+        print(f"{name}: {padding(lengths):.0%} of a batch is padding")
 
 
 if __name__ == "__main__":
