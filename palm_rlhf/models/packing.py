@@ -34,6 +34,11 @@ class Packing(NamedTuple):
 class PackedModel(Protocol):
     """What a `CausalModel` may do besides: read packed sequences."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether it can as it is now."""
+        ...
+
     def packed_hidden_states(self, tokens: Tensor, packing: Packing, *, scope: str | None = None) -> Tensor:
         """[N, E] of tokens [N], as `hidden_states` has them at these places: no row sees another."""
         ...
@@ -53,7 +58,7 @@ def pays(mask: Tensor, model: CausalModel) -> bool:
 
     On a CPU attention is then a call for each sequence; elsewhere it is one for all.
     """
-    if not isinstance(model, PackedModel):
+    if not (isinstance(model, PackedModel) and model.packs):
         return False
     padding = mask.numel() - int(mask.sum())
     return padding > 0 and (mask.device.type != "cpu" or padding * model.dim**2 >= _PAYS * len(mask))
@@ -79,12 +84,14 @@ def hidden_rows(
     Raises:
         ValueError: packed, and a token is wanted that is not real.
     """
-    hole = bool((wanted & ~mask).any())
-    if packed and hole:
-        raise ValueError(
-            "packed: a token is scored that follows a hole in its row. Set packed=None for such rows."
-        )
-    if packed or (packed is None and not hole and pays(mask, model)):
+    pack = pays(mask, model) if packed is None else packed
+    if pack and bool((wanted & ~mask).any()):
+        if packed:
+            raise ValueError(
+                "packed: a token is scored that follows a hole in its row. Set packed=None for such rows."
+            )
+        pack = False
+    if pack:
         places = packing(mask)
         hidden = model.packed_hidden_states(tokens.flatten()[places.index], places, scope=scope)
         wanted = wanted.flatten()[places.index]

@@ -204,6 +204,11 @@ class PaLM(nn.Module):
             x = x + extra_embed
         return self._through(x, self._context(tokens.shape[1], mask, cache), scope)
 
+    @property
+    def packs(self) -> bool:
+        """Packed sequences have no dropout of the attention."""
+        return not (self.training and any(block.attn_dropout for block in self.layers))
+
     def packed_hidden_states(self, tokens: Tensor, packing: Packing, *, scope: str | None = None) -> Tensor:
         """[N, E]: see `models.packing.PackedModel`; ValueError where there is dropout of the attention."""
         tables = (

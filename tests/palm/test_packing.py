@@ -85,7 +85,7 @@ class Counting(torch.nn.Module):
 
     def __init__(self, model) -> None:
         super().__init__()
-        self.model, self.read = model, 0
+        self.model, self.read, self.packs = model, 0, model.packs
         self.dim, self.head, self.num_tokens = model.dim, model.head, model.num_tokens
 
     def hidden_states(self, tokens, **options):
@@ -147,6 +147,10 @@ def test_dropout_of_attention_is_refused(make_palm):
     model, (tokens, mask) = make_palm(attn_dropout=0.5).train(), batch()
     with pytest.raises(ValueError, match=r"set_dropout\(0\)"):
         hidden_rows(model, tokens, mask, mask, packed=True)
+    wide = make_palm(dim=320, depth=1, attn_dropout=0.5)
+    assert pays(mask, wide)
+    assert not pays(mask, wide.train()), "left to the rectangle, which has it"
+    assert hidden_rows(wide, tokens, mask, mask).isfinite().all()
 
 
 def gradients(loss: torch.Tensor, *parts) -> torch.Tensor:
