@@ -14,6 +14,7 @@ from torch import Tensor
 from palm_rlhf.commands.common import (
     TOKENIZER,
     WEIGHTS,
+    HFOptions,
     device,
     load_model,
     metadata,
@@ -39,7 +40,8 @@ class Reward:
     """
 
     model: Path
-    """Run or file to start from, such as that of palm-rlhf sft."""
+    """Run or file to start from, such as that of palm-rlhf sft, or a model of transformers: its folder, or
+    hf:NAME with a name on the hub."""
     pairs: Path
     """Examples as JSON lines."""
     out: Path
@@ -55,10 +57,11 @@ class Reward:
     dropout: float = 0.1
     """Of the model, in training."""
     tokenizer: str | None = None
-    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
+    """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
     config: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
     save_every: int = 100
     """Steps between checkpoints."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -72,7 +75,7 @@ def run(args: Reward, line: str) -> int:
     """Trains, and writes the reward model."""
     folder = Run("reward", args, line, grows="epochs")
     train, judge = split_examples(read_examples(args.pairs), args.held_back, args.config.seed)
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     torch.manual_seed(args.config.seed)
     model = RewardModel(
         loaded.model,

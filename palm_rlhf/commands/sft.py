@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from palm_rlhf.commands.common import FACTORS, Loaded, device, load_model, make_task, save_model
+from palm_rlhf.commands.common import FACTORS, HFOptions, Loaded, device, load_model, make_task, save_model
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.tasks import calculator, text
@@ -41,7 +41,7 @@ class SFT:
     factors: tuple[int, int] = FACTORS
     """Largest first and second factor in --task calculator."""
     model: Path | None = None
-    """Start from this run or file, not from nothing."""
+    """Start from this run, file or model of transformers (its folder, or hf:NAME), not from nothing."""
     tokenizer: str | None = None
     """'bytes' (default), or a Hugging Face tokenizer.json; with --model, the model's own."""
     pad_token: str | None = None
@@ -65,6 +65,7 @@ class SFT:
     config: Annotated[SFTConfig, tyro.conf.arg(name="")] = field(default_factory=SFTConfig)
     save_every: int = 100
     """Steps between checkpoints."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -109,7 +110,12 @@ def _model(args: SFT) -> Loaded:
                 f"--{name} is of a new model, and --model {args.model} has its own. Leave one of them out."
             )
         return load_model(
-            args.model, tokenizer=args.tokenizer, pad=args.pad_token, stop=args.stop_token, on=args.device
+            args.model,
+            tokenizer=args.tokenizer,
+            pad=args.pad_token,
+            stop=args.stop_token,
+            on=args.device,
+            hf=args.hf,
         )
     tokenizer = load_tokenizer(args.tokenizer or "bytes", pad=args.pad_token, stop=args.stop_token)
     where = device(args.device)

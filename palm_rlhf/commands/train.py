@@ -19,6 +19,7 @@ from palm_rlhf.commands import offline
 from palm_rlhf.commands.common import (
     ACTOR,
     FACTORS,
+    HFOptions,
     Loaded,
     load_function,
     load_model,
@@ -32,7 +33,7 @@ from palm_rlhf.models.value import Policy, ValueModel, frozen
 from palm_rlhf.rewards import ProgrammaticReward
 from palm_rlhf.tasks.calculator import Calculator
 from palm_rlhf.tasks.text import read_lines
-from palm_rlhf.tokens import Tokenizer, stop_token
+from palm_rlhf.tokens import Tokenizer, prompt_ids, stop_token
 from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
 from rlhf_kernels.runtime.files import write_aside
 
@@ -46,7 +47,8 @@ class Train:
     """Sample responses, score them, and make the better ones more probable."""
 
     model: Path
-    """Run or file to start from, such as that of palm-rlhf sft. It is the reference as well."""
+    """Run or file to start from, such as that of palm-rlhf sft, or a model of transformers: its folder, or
+    hf:NAME with a name on the hub. It is the reference as well."""
     out: Path
     """Folder of the run. If it is there, the run goes on."""
     task: Literal["calculator"] | None = None
@@ -62,7 +64,7 @@ class Train:
     reward_model: Path | None = None
     """Run of palm-rlhf reward."""
     tokenizer: str | None = None
-    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
+    """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
     lora: bool = True
     """Learn adapters for actor and critic on the frozen model; else all weights, with copies for others."""
     lora_r: int = 8
@@ -72,6 +74,7 @@ class Train:
     """Steps between two looks at the held-out problems; 0: only before and after."""
     save_every: int = 20
     """Steps between checkpoints."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -109,10 +112,10 @@ def run(args: Train | offline.TrainPairs, line: str) -> int:
         return offline.run(args, line)
     folder = Run(f"train {args.algorithm.name}", args, line)
     task = make_task(args.task, args.gsm8k, args.factors)
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     tokenizer = loaded.tokenizer
     stop = stop_token(tokenizer, task.stop) if task else loaded.stop
-    prompts = [tokenizer.encode(prompt) for prompt in _prompts(args, task)]
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in _prompts(args, task)]
     torch.manual_seed(args.online.seed)  # of new adapters
     reward = make_reward(args, task, tokenizer, stop)
     online = args.online

@@ -261,6 +261,11 @@ class PaLM(nn.Module):
             block.attn_dropout = block.ff_dropout = dropout
         return self
 
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The names of its adapters."""
+        return tuple(self.finetune_modules)
+
     def _scope(self, scope: str) -> nn.ModuleList:
         if scope not in self.finetune_modules:
             there = ", ".join(map(repr, self.finetune_modules)) or "none"

@@ -75,7 +75,7 @@ class RewardModel(nn.Module):
             raise ValueError(f"RewardModel: pooling must be 'last' or 'mean', got {pooling!r}")
         if use_lora and not hasattr(palm, "add_finetune_params"):
             raise TypeError(f"RewardModel: a {type(palm).__name__} takes no adapters. Pass use_lora=False.")
-        if use_lora and reward_lora_scope in getattr(palm, "finetune_modules", ()):
+        if use_lora and reward_lora_scope in getattr(palm, "scopes", ()):
             raise ValueError(
                 f"RewardModel: there are adapters {reward_lora_scope!r} already. Choose another "
                 "reward_lora_scope, or load the reward model that they belong to."
@@ -285,7 +285,7 @@ def _twin(palm: Any, share: bool) -> Any:
     """The same model in modules of its own, without adapters; its weights are shared or copied."""
     tensors = (*palm.parameters(), *palm.buffers()) if share else ()
     twin = copy.deepcopy(palm, {id(tensor): tensor for tensor in tensors})
-    for scope in list(getattr(twin, "finetune_modules", ())):
+    for scope in getattr(twin, "scopes", ()):
         twin.remove_finetune_params(scope)
     return twin
 
