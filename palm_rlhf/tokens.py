@@ -290,6 +290,20 @@ def check_fits(tokenizer: Tokenizer, model: CausalModel) -> None:
         )
 
 
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers give the same ids; how they pad or begin a text may differ."""
+    first, second = (_identity(tokenizer) for tokenizer in (one, other))
+    return first == second
+
+
+def _identity(tokenizer: Tokenizer) -> Any:
+    if not hasattr(tokenizer, "text"):
+        return tokenizer.name
+    found = json.loads(tokenizer.text)
+    parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+    return {part: found[part] for part in parts} if isinstance(found.get("model"), dict) else found
+
+
 def stop_token(tokenizer: Tokenizer, text: str | None = None) -> int:
     """The id of a text that ends a response, where it is one token; else the tokenizer's stop token."""
     ids = tokenizer.encode(text) if text else []

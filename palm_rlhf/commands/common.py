@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from palm_rlhf.models.checkpoint import CheckpointError, load_palm, save_palm
+from palm_rlhf.models.finetune import apart, learned
 from palm_rlhf.models.hf import HFModel, load_hf
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy
@@ -52,6 +53,34 @@ class HFOptions:
     """Of the weights of a model of transformers."""
     patch: bool = False
     """Let rlhf_kernels' operators replace those of a model of transformers (rlhf-kernels patch)."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What of a model learns."""
+
+    lora: bool = True
+    """Learn adapters on the frozen model, not its weights; with --no-lora models that have to stay as they
+    were are copies."""
+    lora_r: int = 8
+    """Rank of the adapters."""
+    lora_targets: tuple[str, ...] = ("attention",)
+    """Projections that get adapters: attention, mlp, all, or names: of PaLM q, k, v, o, up, gate, down; of a
+    model of transformers such as q_proj."""
+    last_layers: int | None = None
+    """Only so many of the last layers learn, by adapters or by their weights; embeddings, last norm and head
+    stay as they are. None: all."""
+
+    def policy(self, model: PaLM | HFModel, scope: str = ACTOR) -> Policy:
+        """The model as what learns; adapters of that name are added to it."""
+        if not self.lora:
+            return Policy(model, None, self.last_layers)
+        model.add_finetune_params(scope, self.lora_r, self.lora_targets, self.last_layers)
+        return Policy(model, scope)
+
+    def apart(self, model: PaLM | HFModel) -> PaLM | HFModel:
+        """The model again: what learns of it is a copy, the rest is shared."""
+        return apart(model, learned(model, None, self.last_layers))
 
 
 def device(name: str | None) -> torch.device:

@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS, PairAlgorithm
-from palm_rlhf.commands.common import ACTOR, HFOptions, Loaded, load_model, merged, save_model
+from palm_rlhf.commands.common import HFOptions, Loaded, Tuning, load_model, merged, save_model
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.models.value import Policy
 from palm_rlhf.tasks.pairs import read_pairs, split_examples
@@ -38,10 +38,7 @@ class TrainPairs:
     """Share of the pairs that judge."""
     tokenizer: str | None = None
     """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
-    lora: bool = True
-    """Learn adapters on the frozen model, not all weights."""
-    lora_r: int = 8
-    """Rank of the adapters."""
+    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = field(default_factory=OfflineConfig)
     save_every: int = 100
     """Steps between checkpoints."""
@@ -58,9 +55,7 @@ def run(args: TrainPairs, line: str) -> int:
     train, judge = split_examples(read_pairs(args.pairs), args.held_back, args.config.seed)
     loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     torch.manual_seed(args.config.seed)  # of new adapters
-    if args.lora:
-        loaded.model.add_finetune_params(ACTOR, args.lora_r)
-    policy = Policy(loaded.model, ACTOR if args.lora else None)
+    policy = args.tuning.policy(loaded.model)
     trainer = OfflineTrainer(
         args.algorithm,
         policy,

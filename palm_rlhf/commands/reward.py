@@ -12,10 +12,11 @@ import tyro
 from torch import Tensor
 
 from palm_rlhf.commands.common import (
-    TOKENIZER,
     WEIGHTS,
     HFOptions,
+    Tuning,
     device,
+    kept_tokenizer,
     load_model,
     metadata,
     tokenizer_metadata,
@@ -25,7 +26,7 @@ from palm_rlhf.commands.runs import Run
 from palm_rlhf.generation import Generation
 from palm_rlhf.rewards import ModelReward, RewardModel, load_reward_model, save_reward_model
 from palm_rlhf.tasks.pairs import read_examples, split_examples
-from palm_rlhf.tokens import FileTokenizer, Tokenizer, check_fits
+from palm_rlhf.tokens import Tokenizer, check_fits, same_tokens
 from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
 
 
@@ -50,10 +51,7 @@ class Reward:
     """How many there are, for labels that are bins 0, 1, 2, ...; 0 for pairs and for other labels."""
     held_back: float = 0.1
     """Share of the examples that judge."""
-    lora: bool = True
-    """Learn adapters on the frozen model, not all weights."""
-    lora_r: int = 8
-    """Rank of the adapters."""
+    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     dropout: float = 0.1
     """Of the model, in training."""
     tokenizer: str | None = None
@@ -81,8 +79,10 @@ def run(args: Reward, line: str) -> int:
         loaded.model,
         dropout=args.dropout,
         num_binned_output=args.bins,
-        use_lora=args.lora,
-        lora_r=args.lora_r,
+        use_lora=args.tuning.lora,
+        lora_r=args.tuning.lora_r,
+        lora_targets=args.tuning.lora_targets,
+        last_layers=args.tuning.last_layers,
     )
     trainer = RewardTrainer(
         model, train, loaded.tokenizer, config=args.config, held_out=judge, stop=loaded.stop
@@ -107,12 +107,10 @@ def load_reward(path: Path, tokenizer: Tokenizer, on: str | None) -> Callable[[G
     file = weights_file(path)
     model = load_reward_model(file, device=device(on))
     check_fits(tokenizer, model.palm)
-    named = metadata(file).get("tokenizer")
-    if named is not None:
-        own = file.with_name(TOKENIZER).read_text(encoding="utf-8") if named != "bytes" else None
-        if own != (tokenizer.text if isinstance(tokenizer, FileTokenizer) else None):
-            raise ValueError(
-                f"the reward model {path} reads other tokens ({named}) than the model writes "
-                f"({tokenizer.name}). Train it on a model with the same tokenizer."
-            )
+    kept = metadata(file)
+    if "tokenizer" in kept and not same_tokens(kept_tokenizer(kept, file), tokenizer):
+        raise ValueError(
+            f"the reward model {path} reads other tokens ({kept['tokenizer']}) than the model writes "
+            f"({tokenizer.name}). Train it on a model with the same tokenizer."
+        )
     return ModelReward(model.requires_grad_(False))

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from palm_rlhf.commands.common import FACTORS, HFOptions, Loaded, device, load_model, make_task, save_model
+from palm_rlhf.commands.common import (
+    FACTORS,
+    HFOptions,
+    Loaded,
+    Tuning,
+    device,
+    load_model,
+    make_task,
+    merged,
+    save_model,
+)
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.tasks import calculator, text
@@ -63,6 +74,7 @@ class SFT:
     held_back: float = 0.05
     """Share of the text that is not trained on, for validation_loss."""
     config: Annotated[SFTConfig, tyro.conf.arg(name="")] = field(default_factory=SFTConfig)
+    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=partial(Tuning, lora=False))
     save_every: int = 100
     """Steps between checkpoints."""
     hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
@@ -86,9 +98,14 @@ def run(args: SFT, line: str) -> int:
     loaded = _model(args)
     stop = stop_token(loaded.tokenizer, task.stop) if task else loaded.tokenizer.stop
     samples, held_back = _samples(args, task, loaded.tokenizer, stop)
-    trainer = SFTTrainer(loaded.model, samples, held_back, args.config)
+    if args.tuning.lora:
+        torch.manual_seed(args.config.seed)
+    policy = args.tuning.policy(loaded.model)
+    trainer = SFTTrainer(
+        loaded.model, samples, held_back, args.config, policy.scope, last_layers=policy.last_layers
+    )
     rows = folder.train(trainer, ("loss", "validation_loss"))
-    saved = save_model(folder.folder, Loaded(loaded.model, loaded.tokenizer, stop))
+    saved = save_model(folder.folder, Loaded(merged(policy), loaded.tokenizer, stop))
     curve = folder.draw(rows, ("loss", "validation_loss", "lr"), line)
     last = next((row for row in reversed(rows) if row.get("validation_loss") is not None), None)
     if last is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
@@ -17,10 +16,10 @@ from torch import Tensor
 from palm_rlhf.algorithms.table import ALGORITHMS, Algorithm
 from palm_rlhf.commands import offline
 from palm_rlhf.commands.common import (
-    ACTOR,
     FACTORS,
     HFOptions,
     Loaded,
+    Tuning,
     load_function,
     load_model,
     make_task,
@@ -65,10 +64,7 @@ class Train:
     """Run of palm-rlhf reward."""
     tokenizer: str | None = None
     """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
-    lora: bool = True
-    """Learn adapters for actor and critic on the frozen model; else all weights, with copies for others."""
-    lora_r: int = 8
-    """Rank of the adapters."""
+    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     online: Annotated[OnlineConfig, tyro.conf.arg(name="")] = field(default_factory=OnlineConfig)
     eval_every: int = 20
     """Steps between two looks at the held-out problems; 0: only before and after."""
@@ -175,19 +171,14 @@ def make_reward(
 
 def _models(args: Train, loaded: Loaded) -> dict[str, Any]:
     """Policy, reference and critic: adapters on one model, or a model each."""
-    model, needs = loaded.model, args.algorithm
-    if args.lora:
-        for scope in (ACTOR, *((CRITIC,) if needs.critic else ())):
-            model.add_finetune_params(scope, args.lora_r)
-        critic = ValueModel(model, CRITIC, **_support(args)) if needs.critic else None
-        return {
-            "policy": Policy(model, ACTOR),
-            "reference": Policy(model) if needs.reference else None,
-            "critic": critic,
-        }
-    reference = Policy(frozen(copy.deepcopy(model))) if needs.reference else None
-    critic = ValueModel(copy.deepcopy(model), **_support(args)) if needs.critic else None
-    return {"policy": Policy(model), "reference": reference, "critic": critic}
+    model, needs, tuning = loaded.model, args.algorithm, args.tuning
+    policy = tuning.policy(model)
+    reference = Policy(model if tuning.lora else frozen(tuning.apart(model))) if needs.reference else None
+    critic = None
+    if needs.critic:
+        own = tuning.policy(model if tuning.lora else tuning.apart(model), CRITIC)
+        critic = ValueModel(own.model, own.scope, last_layers=own.last_layers, **_support(args))
+    return {"policy": policy, "reference": reference, "critic": critic}
 
 
 def _support(args: Train) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
 
 # "attention", "mlp", "all", or names of projections.
 Targets = str | Sequence[str]
 KINDS = ("attention", "mlp")
-LAYERS = "the model has {depth} layers: from 1 to {depth} of the last ones can learn, got {count}"
 
 
 def chosen(projections: Mapping[str, str], targets: Targets, what: str = "the model") -> list[str]:
@@ -39,3 +42,33 @@ def chosen(projections: Mapping[str, str], targets: Targets, what: str = "the mo
     if not found:
         raise ValueError(f"{what}: adapters need a projection at least, got none")
     return [name for name in projections if name in found]
+
+
+def last_blocks(model: Any, count: int | None) -> list[nn.Module]:
+    """So many of a model's last layers, or all; ValueError where there are not as many."""
+    blocks = model.blocks
+    if count is None:
+        return blocks
+    if not 1 <= count <= len(blocks):
+        raise ValueError(
+            f"the model has {len(blocks)} layers: from 1 to {len(blocks)} of the last ones can learn, "
+            f"got {count}"
+        )
+    return blocks[-count:]
+
+
+def learned(model: Any, scope: str | None, last_layers: int | None = None) -> Iterator[nn.Parameter]:
+    """The parameters that learn: adapters, the last layers (embeddings, last norm and head not), or all."""
+    if scope is not None:
+        yield from model.finetune_parameters(scope)
+    elif last_layers is None:
+        yield from model.parameters()
+    else:
+        for block in last_blocks(model, last_layers):
+            yield from block.parameters()
+
+
+def apart(model: nn.Module, parameters: Iterable[nn.Parameter]) -> nn.Module:
+    """A copy of a model with these parameters of its own; it shares the others."""
+    own = {id(parameter) for parameter in parameters}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})

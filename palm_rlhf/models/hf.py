@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf.models.finetune import LAYERS, Targets, chosen
+from palm_rlhf.models.finetune import Targets, chosen, last_blocks
 from palm_rlhf.models.protocol import Head
 
 # Numbers of a configuration that logits may be multiplied or divided by, and the limit that they may have.
@@ -166,6 +167,11 @@ class HFModel(nn.Module):
         vars(twin.model).pop("peft_config", None)
         return twin.eval()
 
+    def configuration(self) -> dict[str, Any]:
+        """What `hf_from_configuration` makes a model of this kind again from, as JSON holds it."""
+        dtype = str(self.head.weight.dtype).removeprefix("torch.")
+        return {"config": json.loads(self.model.config.to_json_string()), "dtype": dtype, "scale": self.scale}
+
     def set_dropout(self, dropout: float) -> HFModel:
         """All dropout there is: of modules, of attention, of what the configuration says."""
         config = self.model.config.get_text_config(decoder=True)
@@ -221,7 +227,7 @@ class HFModel(nn.Module):
         """Names of the linear maps in the layers, to their kind: "attention" or "mlp"."""
         from transformers.pytorch_utils import Conv1D
 
-        blocks = {id(m) for block in self.last_blocks(last_layers) for m in block.modules()}
+        blocks = {id(m) for block in last_blocks(self, last_layers) for m in block.modules()}
         found = {}
         for name, module in self.model.named_modules():
             if id(module) in blocks and isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in name:
@@ -229,12 +235,11 @@ class HFModel(nn.Module):
                 found[name.removesuffix(".base_layer")] = "attention" if inside else "mlp"
         return found
 
-    def last_blocks(self, count: int | None) -> list[nn.Module]:
-        """So many of the last layers, or all; ValueError where there are fewer."""
-        blocks = self.blocks
-        if count is not None and not 1 <= count <= len(blocks):
-            raise ValueError(LAYERS.format(depth=len(blocks), count=count))
-        return blocks if count is None else blocks[-count:]
+    def adapter_options(self, scope: str) -> dict[str, Any]:
+        """The arguments of `add_finetune_params` that make adapters such as these."""
+        self._known(scope)
+        config = self.model.peft_config[scope]
+        return {"lora_r": config.r, "targets": sorted(config.target_modules)}
 
     def finetune_parameters(self, scope: str) -> Iterator[nn.Parameter]:
         """Those of one scope's adapters."""
@@ -372,6 +377,17 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         for name, layer in list(parent.named_children()):
             if isinstance(layer, LoraLayer):
                 yield parent, name, layer
+
+
+def hf_from_configuration(configuration: Mapping[str, Any]) -> HFModel:
+    """A model with weights of no meaning, to be loaded into; see `HFModel.configuration`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**configuration["config"])
+    made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, configuration["dtype"]))
+    model = HFModel(made, check=False)
+    model.scale = configuration["scale"]
+    return model
 
 
 @contextmanager
