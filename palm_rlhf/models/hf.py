@@ -217,7 +217,8 @@ class HFModel(nn.Module):
         learns = {id(parameter): parameter.requires_grad for parameter in self.parameters()}
         config = LoraConfig(r=lora_r, lora_alpha=lora_r, lora_dropout=0.0, target_modules=wanted)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several scopes are the point
+            # Several scopes are the point, and of the layout of a Conv1D peft finds out by itself.
+            warnings.filterwarnings("ignore", "Already found a `peft_config`|fan_in_fan_out is set")
             inject_adapter_in_model(config, self.model, scope)
         # peft freezes everything else; what learns is the trainer's to say.
         for parameter in self.parameters():

@@ -17,7 +17,7 @@ TOKENS = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual
 MASK = torch.ones(3, 9, dtype=torch.bool)
 MASK[1, :4], MASK[2, :1] = False, False
 SAME = {"atol": 2e-5, "rtol": 1e-5}
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 PROMPTS = [[3, 4, 5, 6], [9], [10, 11, 12]]
 
 
@@ -28,7 +28,7 @@ def drawn(model, scope=None, **options):
     )  # fmt: skip
 
 
-@every_family
+@pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_and_head_give_the_logits_of_transformers(family):
     model = build(family).eval()
     assert isinstance(model, CausalModel)
