@@ -138,7 +138,7 @@ class HFTokenizer:
         Args:
             tokenizer: of `AutoTokenizer`.
             pad, stop: names of tokens; by default the tokenizer's own, then as in FileTokenizer. In a chat
-                the stop token ends a turn, which instructed models declare.
+                the stop token is by default what the template puts behind an answer.
             chat: put prompts into the chat template.
             system: message of the system in it.
 
@@ -153,7 +153,7 @@ class HFTokenizer:
         self.chat, self.system = chat, system
         there = tokenizer.get_vocab()
         self.vocabulary = 1 + max(there.values())
-        stop = stop or tokenizer.eos_token
+        stop = stop or (self._end_of_turn() if chat else None) or tokenizer.eos_token
         self.stop, self.pad = _ends(self.name, there.get, pad, stop, tokenizer.pad_token)
         first = tokenizer("", verbose=False)["input_ids"][:1]
         self.start = first if first and first == [tokenizer.bos_token_id] else []
@@ -194,6 +194,18 @@ class HFTokenizer:
         if isinstance(text, str):
             self._asked[tuple(ids)] = text
         return ids
+
+    def _end_of_turn(self) -> str | None:
+        """The name of the special token that the template puts behind an answer."""
+        said = "a b c"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception as error:
+            raise ValueError(f"the chat template of {self.name} refuses an answer: {error}") from error
+        first = next(iter(self.encode(text.rpartition(said)[2].lstrip())), None)
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return self.token(first) if first in special else None
 
     def prompt_text(self, tokens: Sequence[int]) -> str:
         """The text that was asked with these ids; that of the ids where none was."""

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class HFOptions:
-    """How a model of transformers is loaded (--model hf:NAME or a folder of it)."""
+    """What models and tokenizers of transformers take (--model hf:NAME or a folder of it)."""
 
     chat: bool = False
     """Put prompts into the tokenizer's chat template. What was trained so stays so."""
@@ -53,6 +53,8 @@ class HFOptions:
     """Of the weights of a model of transformers."""
     patch: bool = False
     """Let rlhf_kernels' operators replace those of a model of transformers (rlhf-kernels patch)."""
+    checkpoint_layers: bool = False
+    """Compute the layers of a model of transformers again in the backward: less memory, more time."""
 
 
 @dataclass(frozen=True)
@@ -149,16 +151,17 @@ def load_model(
     name = hf_name(path)
     if name is not None:
         return _load_hf(name, tokenizer, pad, stop, on, hf or HFOptions())
-    if hf is not None and hf != HFOptions():
+    options = hf or HFOptions()
+    if options != HFOptions(options.chat, options.system):
         raise ValueError(
-            f"--chat, --system, --dtype and --patch are for models of transformers, and {path} is none"
+            f"--dtype, --patch and --checkpoint-layers are for models of transformers, and {path} is none"
         )
     if not path.exists():
         hint = f". A model on the hub is given as {HUB}NAME, such as {HUB}Qwen/Qwen2.5-0.5B."
         raise CheckpointError(f"there is no checkpoint {path}{hint}")
     file = weights_file(path)
     model = load_palm(file, device=device(on))
-    return _with_tokenizer(model, metadata(file), file, tokenizer, pad, stop)
+    return _with_tokenizer(model, metadata(file), file, tokenizer, pad, stop, options)
 
 
 def _load_hf(
@@ -167,15 +170,16 @@ def _load_hf(
     try:
         kept = json.loads((Path(name) / HF_KEPT).read_bytes())
     except OSError:  # not of a run
-        kept = {"tokenizer": "", "chat": False, "system": None}
-    model = load_hf(name, device=device(on), dtype=options.dtype, patch=options.patch)
+        kept = {"tokenizer": ""}
+    model = load_hf(
+        name,
+        device=device(on),
+        dtype=options.dtype,
+        patch=options.patch,
+        checkpoint_layers=options.checkpoint_layers,
+    )
     if tokenizer is None and kept["tokenizer"] == "" and not Path(name).is_dir():
         tokenizer = HUB + name
-    options = replace(
-        options,
-        chat=options.chat or kept.get("chat", False),
-        system=kept.get("system") if options.system is None else options.system,
-    )
     return _with_tokenizer(model, kept, Path(name) / HF_KEPT, tokenizer, pad, stop, options)
 
 
@@ -186,11 +190,11 @@ def _with_tokenizer(
     tokenizer: str | None,
     pad: str | None,
     stop: str | None,
-    options: HFOptions | None = None,
+    options: HFOptions,
 ) -> Loaded:
     """The model with a tokenizer that is given, or else with the one that `kept` names beside `file`."""
-    options = options or HFOptions()
-    chat = {"chat": options.chat, "system": options.system}
+    system = kept.get("system") if options.system is None else options.system
+    chat = {"chat": options.chat or kept.get("chat", False), "system": system}
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, pad=pad, stop=stop, **chat)
         end = found.stop
@@ -211,7 +215,7 @@ def kept_tokenizer(
     """The tokenizer that metadata name, beside the file that they are of."""
     name = kept["tokenizer"]
     if name == "bytes":
-        return load_tokenizer(name)
+        return load_tokenizer(name, **chat)
     own = {"pad": pad or kept.get("pad"), "stop": stop or kept.get("end")}
     return load_tokenizer(file.parent / name, **own, **chat)
 

@@ -54,7 +54,7 @@ class SFT:
     model: Path | None = None
     """Start from this run, file or model of transformers (its folder, or hf:NAME), not from nothing."""
     tokenizer: str | None = None
-    """'bytes' (default), or a Hugging Face tokenizer.json; with --model, the model's own."""
+    """'bytes' (default), a Hugging Face tokenizer.json, or hf:NAME; with --model, the model's own."""
     pad_token: str | None = None
     """Name of the padding token in --tokenizer, if it is unusual."""
     stop_token: str | None = None
@@ -134,7 +134,15 @@ def _model(args: SFT) -> Loaded:
             on=args.device,
             hf=args.hf,
         )
-    tokenizer = load_tokenizer(args.tokenizer or "bytes", pad=args.pad_token, stop=args.stop_token)
+    if args.hf != HFOptions(args.hf.chat, args.hf.system):
+        raise ValueError("--dtype, --patch and --checkpoint-layers are for a --model of transformers")
+    tokenizer = load_tokenizer(
+        args.tokenizer or "bytes",
+        pad=args.pad_token,
+        stop=args.stop_token,
+        chat=args.hf.chat,
+        system=args.hf.system,
+    )
     where = device(args.device)
     torch.manual_seed(args.config.seed)
     model = PaLM(num_tokens=tokenizer.vocabulary, **{**_SHAPE, **given}).to(where)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf.models.finetune import Targets, chosen, last_blocks
 from palm_rlhf.models.protocol import Head
+from palm_rlhf.models.scopes import Scopes, adapted
 
 # Numbers of a configuration that logits may be multiplied or divided by, and the limit that they may have.
 _FACTORS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -52,7 +51,7 @@ class HFCache:
         self.mask = None if self.mask is None else self.mask[rows]
 
 
-class HFModel(nn.Module):
+class HFModel(Scopes):
     """A `CausalModel` that is a `PreTrainedModel`, with named adapters of peft as its scopes.
 
     Positions count real tokens, so that padding on the left moves nothing. A factor of the logits (Granite,
@@ -94,6 +93,7 @@ class HFModel(nn.Module):
         self.max_length = getattr(config, "max_position_embeddings", None)
         self.scale, self._softcap = 1.0, getattr(config, _SOFTCAP, None)
         self._dropout: dict[str, float] = {}
+        self._checkpointed = False
         if check:
             self._check(config)
 
@@ -131,6 +131,10 @@ class HFModel(nn.Module):
     ) -> Tensor:
         """[B, T, E] after the last norm: see `models.protocol.CausalModel`."""
         self._use(scope)
+        if self._checkpointed:
+            # The flag of the layer alone decides; what is in it keeps its mode, and so its dropout.
+            for block in self.blocks:
+                block.training = torch.is_grad_enabled() and cache is None
         options: dict[str, Any] = {"use_cache": cache is not None}
         if extra_embed is None:
             options["input_ids"] = tokens
@@ -159,7 +163,7 @@ class HFModel(nn.Module):
         self._known(scope)
         shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         twin = copy.deepcopy(self, shared)
-        for parent, name, layer in _adapted(twin.model):
+        for parent, name, layer in adapted(twin.model):
             base = layer.get_base_layer()
             if scope in layer.lora_A:
                 base.weight = nn.Parameter(base.weight + layer.get_delta_weight(scope), requires_grad=False)
@@ -185,93 +189,6 @@ class HFModel(nn.Module):
                 owner.p = dropout
         return self
 
-    @property
-    def scopes(self) -> tuple[str, ...]:
-        """The names of its adapters."""
-        return tuple(dict.fromkeys(name for _, _, layer in _adapted(self.model) for name in layer.lora_A))
-
-    def add_finetune_params(
-        self, scope: str, lora_r: int = 8, targets: Targets = "attention", last_layers: int | None = None
-    ) -> None:
-        """Adds adapters that change nothing yet.
-
-        Args:
-            scope: their name. lora_r: their rank; the factor alpha / r is 1.
-            targets: the projections that get one: "attention", "mlp", "all", or ends of module names such as
-                "q_proj".
-            last_layers: only in so many of the last layers.
-
-        Raises:
-            ValueError: the scope exists, the rank is below 1, or there are no such projections.
-            ModuleNotFoundError: peft is not installed.
-        """
-        from peft import LoraConfig, inject_adapter_in_model
-
-        if scope in self.scopes:
-            raise ValueError(f"HFModel: there are adapters {scope!r} already. Remove or merge them first.")
-        if lora_r < 1 or not scope.isidentifier():
-            raise ValueError(
-                f"HFModel: adapters need a rank of at least 1 and a name of letters, got {lora_r}, {scope!r}"
-            )
-        wanted = chosen(self.projections(last_layers), targets, type(self.model).__name__)
-        learns = {id(parameter): parameter.requires_grad for parameter in self.parameters()}
-        config = LoraConfig(r=lora_r, lora_alpha=lora_r, lora_dropout=0.0, target_modules=wanted)
-        with warnings.catch_warnings():
-            # Several scopes are the point, and of the layout of a Conv1D peft finds out by itself.
-            warnings.filterwarnings("ignore", "Already found a `peft_config`|fan_in_fan_out is set")
-            inject_adapter_in_model(config, self.model, scope)
-        # peft freezes everything else; what learns is the trainer's to say.
-        for parameter in self.parameters():
-            parameter.requires_grad_(learns.get(id(parameter), True))
-
-    def projections(self, last_layers: int | None = None) -> dict[str, str]:
-        """Names of the linear maps in the layers, to their kind: "attention" or "mlp"."""
-        from transformers.pytorch_utils import Conv1D
-
-        blocks = {id(m) for block in last_blocks(self, last_layers) for m in block.modules()}
-        found = {}
-        for name, module in self.model.named_modules():
-            if id(module) in blocks and isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in name:
-                inside = any(word in part for part in name.split(".")[:-1] for word in ("attn", "attention"))
-                found[name.removesuffix(".base_layer")] = "attention" if inside else "mlp"
-        return found
-
-    def adapter_options(self, scope: str) -> dict[str, Any]:
-        """The arguments of `add_finetune_params` that make adapters such as these."""
-        self._known(scope)
-        config = self.model.peft_config[scope]
-        return {"lora_r": config.r, "targets": sorted(config.target_modules)}
-
-    def finetune_parameters(self, scope: str) -> Iterator[nn.Parameter]:
-        """Those of one scope's adapters."""
-        self._known(scope)
-        for _, _, layer in _adapted(self.model):
-            for parts in (layer.lora_A, layer.lora_B):
-                if scope in parts:
-                    yield from parts[scope].parameters()
-
-    def remove_finetune_params(self, scope: str) -> None:
-        """Takes adapters out."""
-        self._known(scope)
-        for parent, name, layer in list(_adapted(self.model)):
-            if scope in layer.lora_A:
-                layer._active_adapter = []  # peft would choose another one, and say so
-                layer.delete_adapter(scope)
-            if not len(layer.lora_A):
-                setattr(parent, name, layer.get_base_layer())
-        self.model.peft_config.pop(scope)
-        if not self.model.peft_config:
-            del self.model.peft_config
-
-    @torch.no_grad()
-    def merge_finetune_params(self, scope: str) -> None:
-        """Adds adapters to the weights and removes them."""
-        self._known(scope)
-        for _, _, layer in _adapted(self.model):
-            if scope in layer.lora_A:
-                layer.get_base_layer().weight.add_(layer.get_delta_weight(scope))
-        self.remove_finetune_params(scope)
-
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes the model as transformers does, aside and renamed; ValueError where it has adapters."""
         if self.scopes:
@@ -295,20 +212,6 @@ class HFModel(nn.Module):
         aside.replace(folder)
         shutil.rmtree(old, ignore_errors=True)
         return folder
-
-    def _known(self, scope: str | None) -> None:
-        if scope is not None and scope not in (there := self.scopes):
-            listed = ", ".join(map(repr, there)) or "none"
-            raise ValueError(
-                f"HFModel: there are no adapters {scope!r}, only {listed}. Add them by add_finetune_params()."
-            )
-
-    def _use(self, scope: str | None) -> None:
-        """Makes one scope's adapters, or none, the active ones."""
-        # Not peft's set_adapter(), which chooses what learns as well.
-        self._known(scope)
-        for _, _, layer in _adapted(self.model):
-            layer._active_adapter = [] if scope is None else [scope]
 
     @torch.no_grad()
     def _check(self, config: Any) -> None:
@@ -368,18 +271,6 @@ class HFModel(nn.Module):
         return bool(difference <= (_EXACT if exact else _ROUNDED))
 
 
-def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Every layer with adapters of peft: its parent, its name there, and itself."""
-    if not hasattr(model, "peft_config"):
-        return
-    from peft.tuners.lora import LoraLayer
-
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, LoraLayer):
-                yield parent, name, layer
-
-
 def hf_from_configuration(configuration: Mapping[str, Any]) -> HFModel:
     """A model with weights of no meaning, to be loaded into; see `HFModel.configuration`."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -412,6 +303,7 @@ def load_hf(
     dtype: str | torch.dtype = "float32",
     patch: bool | Iterable[str] = False,
     static_cache: bool = False,
+    checkpoint_layers: bool = False,
     **options: Any,
 ) -> HFModel:
     """A causal language model by its name on the hub or the path of its folder.
@@ -420,7 +312,7 @@ def load_hf(
         name: such as "Qwen/Qwen2.5-0.5B". device: where to put it.
         dtype: of the weights; float32 by default, which training needs without a copy in higher precision.
         patch: put `rlhf_kernels.patch` on this model, or on what is named; it stays as long as the model.
-        static_cache: see HFModel.
+        static_cache, checkpoint_layers: see HFModel.
         options: of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
@@ -442,4 +334,5 @@ def load_hf(
         import rlhf_kernels
 
         rlhf_kernels.patch(model, only=None if patch is True else list(patch))
-    return HFModel(model.eval(), static_cache=static_cache)
+    found = HFModel(model.eval(), static_cache=static_cache)
+    return found.checkpoint_layers() if checkpoint_layers else found

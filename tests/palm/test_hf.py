@@ -227,3 +227,26 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="cannot be loaded as a causal model"):
         load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_are_computed_again_use_the_adapters_that_they_used(family):
+    def gradients(model):
+        """Of two scopes at once: the first is no longer in use when its layers are computed again."""
+        (model.hidden_states(TOKENS, mask=MASK, scope="a")[MASK].square().sum()
+         + model.hidden_states(TOKENS, mask=MASK, scope="b")[MASK].sin().sum()).backward()  # fmt: skip
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, again = build(family, ("a", "b")), copy.deepcopy(build(family, ("a", "b")).checkpoint_layers())
+    passes = []
+    next(again.blocks[0].children()).register_forward_pre_hook(lambda *_: passes.append(1))
+    plain.eval(), again.eval()
+    torch.manual_seed(0)
+    for one, other in zip(plain.parameters(), again.parameters()):
+        other.data.copy_(one.data)
+    expected, found = gradients(plain), gradients(again)
+    assert len(passes) == 4
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], **SAME)
+    assert not again.for_sampling("a").blocks[0].training

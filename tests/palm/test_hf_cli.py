@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from palm_rlhf.commands.common import HFOptions, load_model
-from palm_rlhf.tokens import FileTokenizer, load_tokenizer, prompt_ids, prompt_text, same_tokens
+from palm_rlhf.tokens import FileTokenizer, HFTokenizer, load_tokenizer, prompt_ids, prompt_text, same_tokens
 from tests.palm.command_line import REWARD, called, refused
 from tests.palm.hf_models import save_folder
 
@@ -89,6 +89,11 @@ def test_a_tokenizer_knows_how_its_model_is_asked(folder, tmp_path):
     assert chat.prompt([{"role": "user", "content": "so much"}]) == asked
     assert prompt_text(chat, asked) == "so much"
     assert chat.prompt("") == plain.prompt("") == []
+    # A turn may end otherwise than a text: the template says so.
+    theirs = load_tokenizer(folder).tokenizer
+    theirs.eos_token = "</s>"
+    for kind, end in ((True, "<|im_end|>"), (False, "</s>")):
+        assert (made := HFTokenizer(theirs, chat=kind)).token(made.stop) == end
     file = FileTokenizer(folder / "tokenizer.json", stop="<|im_end|>")
     assert file.encode("so much") == ids
     assert prompt_ids(file, "so much") == ids
@@ -118,8 +123,10 @@ def test_mistakes_cost_one_sentence(folder, tmp_path, capsys, monkeypatch):
     said = refused(capsys, "generate", "--model", f"hf:{tmp_path}/none", *ask)
     assert said == f"there is no folder {tmp_path}/none with a model of transformers"
     (tmp_path / "palm.pt").write_bytes(b"")
-    said = refused(capsys, "generate", "--model", tmp_path / "palm.pt", "--chat", *ask)
-    assert said.startswith("--chat, --system, --dtype and --patch are for models of transformers")
+    said = refused(capsys, "generate", "--model", tmp_path / "palm.pt", "--patch", *ask)
+    assert said.startswith("--dtype, --patch and --checkpoint-layers are for models of transformers")
+    said = refused(capsys, "generate", "--model", folder, "--tokenizer", "bytes", "--chat", *ask)
+    assert said == "a chat needs a tokenizer of transformers with a chat template, got bytes"
     pairs = [{"prompt": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(10)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     words = ["train", "dpo", "--model", folder, "--pairs", tmp_path / "pairs.jsonl"]
