@@ -26,7 +26,8 @@ COMMANDS = {
 HELP = f"""\
 usage: palm-rlhf COMMAND [flags]        each command explains its flags: palm-rlhf COMMAND --help
 
-Trains PaLM models: on text, then on rewards. Everything of a run is in one folder: --out.
+Trains PaLM, and causal models of Hugging Face transformers: on text, then on rewards.
+Everything of a run is in one folder: --out.
 
 commands:
 {chr(10).join(f"  {name:10}{text}" for name, text in COMMANDS.items())}
@@ -56,6 +57,10 @@ rewards by name, for --reward:
   FILE.json                  several: {{"combine": "mean", "rewards": ["words:5-20", "run:runs/reward"]}};
                              sum, min, or lower (mean less k deviations); "weights", "k"
 
+on a model of transformers, by its folder or its name on the hub (docs/models.md):
+  palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \
+      --reward score.py:polite --out runs/grpo
+
 a run's folder:
   config.json         what the command was called with
   metrics.jsonl       one line a step; tensorboard/ has the same
@@ -63,6 +68,7 @@ a run's folder:
   checkpoints/        the last two, with optimizer and random states
   rollouts/           with --keep-rollouts what was sampled: palm-rlhf rollouts --run FOLDER
   model.safetensors   the result, with its tokenizer: what --model takes, by the folder's name
+  model/              the same of a model of transformers, in its own format
 
 Ctrl-C finishes the step, saves a checkpoint and says how to go on: the same command goes on, bit for bit.
 

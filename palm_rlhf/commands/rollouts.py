@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from palm_rlhf.commands.common import WEIGHTS, Loaded, load_model
+from palm_rlhf.commands.common import WEIGHTS, Loaded, hf_name, load_model
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.rollout.store import FILE, RolloutStore
+from palm_rlhf.tokens import prompt_text
 from rlhf_kernels.runtime.files import write_aside
 
 FOLDER = "rollouts"
@@ -143,7 +144,8 @@ def _responses(args: Rollouts, store: RolloutStore) -> int:
 def _entry(rollout: Rollout, row: int, loaded: Loaded) -> dict[str, Any]:
     g = rollout.generation
     ended = (loaded.stop,) if bool(g.stopped[row]) else ()
-    prompt, response = (loaded.tokenizer.decode(x) for x in (g.prompt(row), g.response(row, without=ended)))
+    prompt = prompt_text(loaded.tokenizer, g.prompt(row))
+    response = loaded.tokenizer.decode(g.response(row, without=ended))
     found = {
         "prompt": prompt, "response": response, "reward": float(rollout.score[row]),
         "tokens": int(rollout.mask[row].sum()), "logprob": float(g.logprob[row].sum()),
@@ -159,7 +161,7 @@ def _loaded(args: Rollouts) -> Loaded:
     """The model whose tokenizer decodes: the run's, or while it is not finished what it began with."""
     if args.model is not None:
         return load_model(args.model, tokenizer=None, on="cpu")
-    if (args.run / WEIGHTS).is_file():
+    if (args.run / WEIGHTS).is_file() or hf_name(args.run) is not None:
         return load_model(args.run, tokenizer=None, on="cpu")
     try:
         config = json.loads((args.run / "config.json").read_bytes())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.generation import Generation
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import Tokenizer, prompt_text
 
 
 class Classifier:
@@ -65,13 +65,13 @@ class Classifier:
         self.max_tokens = min(bound for bound in bounds if bound is not None)
 
     @torch.no_grad()
-    def scores(self, texts: Sequence[str]) -> Tensor:
-        """[B] in float32 of B texts."""
+    def scores(self, texts: Sequence[str], *, special: bool = True) -> Tensor:
+        """[B] in float32 of B texts; `special`: put the tokenizer's special tokens around them."""
         found = []
         for start in range(0, len(texts), self.batch):
             part = self.tokenizer(
                 list(texts[start : start + self.batch]), padding=True, truncation=True,
-                max_length=self.max_tokens, return_tensors="pt",
+                max_length=self.max_tokens, add_special_tokens=special, return_tensors="pt",
             ).to(self.model.device)  # fmt: skip
             logits = self.model(**part).logits.float()
             if self.label is None:
@@ -83,7 +83,10 @@ class Classifier:
 
 
 class ClassifierReward:
-    """A Classifier as a reward: maps a Generation to [B], by the texts of prompt and response."""
+    """A Classifier as a reward: maps a Generation to [B], by the texts of prompt and response.
+
+    Where the policy is asked in a chat and the classifier has a chat template too, it reads the chat in that.
+    """
 
     def __init__(self, classifier: Classifier, tokenizer: Tokenizer, *, stop: int | None = None) -> None:
         """`tokenizer` is the policy's, and `stop` what it ends a response with: no part of the text."""
@@ -92,12 +95,16 @@ class ClassifierReward:
 
     def __call__(self, generation: Generation) -> Tensor:
         """Rewards [B] in float32."""
-        decode = self.tokenizer.decode
-        texts = [
-            decode(generation.prompt(row)) + decode(generation.response(row, without=(self.stop,)))
-            for row in range(len(generation.tokens))
-        ]
-        return self.classifier.scores(texts).to(generation.tokens.device)
+        judge = self.classifier.tokenizer
+        chat = bool(getattr(self.tokenizer, "chat", False) and judge.chat_template)
+        texts = []
+        for row in range(len(generation.tokens)):
+            prompt = prompt_text(self.tokenizer, generation.prompt(row))
+            response = self.tokenizer.decode(generation.response(row, without=(self.stop,)))
+            said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            texts.append(judge.apply_chat_template(said, tokenize=False) if chat else prompt + response)
+        # A template writes the special tokens itself.
+        return self.classifier.scores(texts, special=not chat).to(generation.tokens.device)
 
 
 def _loaded(name: str) -> tuple[Any, Any]:

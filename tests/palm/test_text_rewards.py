@@ -150,6 +150,16 @@ def test_a_sequence_classification_model_of_transformers(tmp_path, labels):
         logits = model(torch.tensor([ids])).logits[0].detach()
         expected = logits[0] if labels == 1 else logits[1] - logits[0]
         torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
+
+    class Chat(ByteTokenizer):
+        chat = True
+
+    reward.classifier.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }} {{ m.content }}{% endfor %}"
+    )
+    chat = named_reward(name, Chat(), BYTES.stop)
+    chat.classifier = reward.classifier
+    assert chat(texts(("so", "much"))) == reward.classifier.scores(["u soa much"])
     if labels > 1:
         with pytest.raises(ValueError, match="the labels bad, good: say which is good, got None"):
             named_reward(f"hf:{tmp_path}", BYTES, BYTES.stop)
