@@ -57,7 +57,9 @@ class ValueModel(nn.Module):
 
     def scored(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The same, and the logits [B, T, bins] that the values are the means of, where there are bins."""
-        found = self.value_head(self.model.hidden_states(tokens, mask=mask, scope=self.scope))
+        hidden = self.model.hidden_states(tokens, mask=mask, scope=self.scope)
+        with torch.autocast(hidden.device.type, enabled=False):  # a number wants all its digits
+            found = self.value_head(hidden.to(self.value_head.weight.dtype))
         if self.centres is None:
             return found.squeeze(-1), None
         return expected_value(found, self.centres), found

@@ -154,7 +154,8 @@ class RewardModel(nn.Module):
             scope=None if disable_lora else self.reward_lora_scope,
             **({} if extra is None else {"extra_embed": extra}),
         )
-        pred = self.to_pred(pooled(hidden, mask, self.pooling).to(self.to_pred.weight.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):  # a number wants all its digits
+            pred = self.to_pred(pooled(hidden, mask, self.pooling).to(self.to_pred.weight.dtype))
         return pred if self.binned_output else pred.squeeze(-1)
 
     def pair_scores(

@@ -95,11 +95,13 @@ class RewardTrainer(PassesTrainer):
             [row.texts[k] for k in range(len(rows[0].texts)) for row in rows]
         )
         if self.pairs:
-            chosen, rejected = self.model.pair_scores(tokens, mask, prompt_mask)
+            with self.autocast():
+                chosen, rejected = self.model.pair_scores(tokens, mask, prompt_mask)
             losses = bradley_terry_loss(chosen, rejected, self._numbers(rows, chosen.dtype))
             chosen, rejected = chosen.detach(), rejected.detach()
             return losses, {"accuracy": pair_accuracy(chosen, rejected), "difference": chosen - rejected}
-        predictions = self.model.predictions(tokens, mask, prompt_mask)
+        with self.autocast():
+            predictions = self.model.predictions(tokens, mask, prompt_mask)
         if not self.model.binned_output:
             labels = self._numbers(rows, predictions.dtype)
             return self.model.label_loss(predictions, labels), {
