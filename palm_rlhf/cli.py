@@ -25,7 +25,8 @@ COMMANDS = {
 HELP = f"""\
 usage: palm-rlhf COMMAND [flags]        each command explains its flags: palm-rlhf COMMAND --help
 
-Trains PaLM, and causal models of Hugging Face transformers: on text, then on rewards. Everything of a run is in one folder: --out.
+Trains PaLM, and causal models of Hugging Face transformers: on text, then on rewards.
+Everything of a run is in one folder: --out.
 
 commands:
 {chr(10).join(f"  {name:10}{text}" for name, text in COMMANDS.items())}
@@ -44,7 +45,7 @@ on your own data:
   palm-rlhf train ppo --model runs/book --prompts-file prompts.txt --reward-model runs/reward --out runs/rlhf
 
 on a model of transformers, by its folder or its name on the hub (docs/models.md):
-  palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \
+  palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \\
       --reward score.py:polite --out runs/grpo
 
 a run's folder:

@@ -66,6 +66,8 @@ class Tuning:
     were are copies."""
     lora_r: int = 8
     """Rank of the adapters."""
+    lora_alpha: float | None = None
+    """What the adapters add is scaled by this over their rank; default: by 1."""
     lora_targets: tuple[str, ...] = ("attention",)
     """Projections that get adapters: attention, mlp, all, or names: of PaLM q, k, v, o, up, gate, down; of a
     model of transformers such as q_proj."""
@@ -77,7 +79,7 @@ class Tuning:
         """The model as what learns; adapters of that name are added to it."""
         if not self.lora:
             return Policy(model, None, self.last_layers)
-        model.add_finetune_params(scope, self.lora_r, self.lora_targets, self.last_layers)
+        model.add_finetune_params(scope, self.lora_r, self.lora_targets, self.last_layers, self.lora_alpha)
         return Policy(model, scope)
 
     def apart(self, model: PaLM | HFModel) -> PaLM | HFModel:

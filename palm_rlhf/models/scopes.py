@@ -52,15 +52,21 @@ class Scopes(nn.Module):
         return found
 
     def add_finetune_params(
-        self, scope: str, lora_r: int = 8, targets: Targets = "attention", last_layers: int | None = None
+        self,
+        scope: str,
+        lora_r: int = 8,
+        targets: Targets = "attention",
+        last_layers: int | None = None,
+        alpha: float | None = None,
     ) -> None:
         """Adds adapters that change nothing yet.
 
         Args:
-            scope: their name. lora_r: their rank; the factor alpha / r is 1.
+            scope: their name. lora_r: their rank.
             targets: the projections that get one: "attention", "mlp", "all", or ends of module names such as
                 "q_proj".
             last_layers: only in so many of the last layers.
+            alpha: what they add is scaled by alpha over the rank; by default by 1.
 
         Raises:
             ValueError: the scope exists, the rank is below 1, or there are no such projections.
@@ -76,7 +82,8 @@ class Scopes(nn.Module):
             )
         wanted = chosen(self.projections(last_layers), targets, type(self.model).__name__)
         learns = {id(parameter): parameter.requires_grad for parameter in self.parameters()}
-        config = LoraConfig(r=lora_r, lora_alpha=lora_r, lora_dropout=0.0, target_modules=wanted)
+        alpha = lora_r if alpha is None else alpha
+        config = LoraConfig(r=lora_r, lora_alpha=alpha, lora_dropout=0.0, target_modules=wanted)
         with warnings.catch_warnings():
             # Several scopes are the point, and of the layout of a Conv1D peft finds out by itself.
             warnings.filterwarnings("ignore", "Already found a `peft_config`|fan_in_fan_out is set")
@@ -89,7 +96,7 @@ class Scopes(nn.Module):
         """The arguments of `add_finetune_params` that make adapters such as these."""
         self._known(scope)
         config = self.model.peft_config[scope]
-        return {"lora_r": config.r, "targets": sorted(config.target_modules)}
+        return {"lora_r": config.r, "targets": sorted(config.target_modules), "alpha": config.lora_alpha}
 
     def finetune_parameters(self, scope: str) -> Iterator[nn.Parameter]:
         """Those of one scope's adapters."""

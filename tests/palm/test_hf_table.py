@@ -101,7 +101,7 @@ def test_supervised_learning_and_reward_models(family, tmp_path):
     assert changed(before, model) == set(before)
     assert trainer.validation_loss() < loss
 
-    reward = RewardModel(model, lora_r=2, lora_targets="all", last_layers=1)
+    reward = RewardModel(model, lora_r=2, lora_targets="all", last_layers=1, lora_alpha=6)
     before = snapshot(reward)
     trainer = RewardTrainer(
         reward, PAIRS, Letters(), config=RewardConfig(lr=1e-2, anneal=False), held_out=PAIRS
