@@ -105,6 +105,8 @@ def run(args: SFT, line: str) -> int:
         loaded.model, samples, held_back, args.config, policy.scope, last_layers=policy.last_layers
     )
     rows = folder.train(trainer, ("loss", "validation_loss"))
+    if not folder.main:
+        return 0
     saved = save_model(folder.folder, Loaded(merged(policy), loaded.tokenizer, stop))
     curve = folder.draw(rows, ("loss", "validation_loss", "lr"), line)
     last = next((row for row in reversed(rows) if row.get("validation_loss") is not None), None)
