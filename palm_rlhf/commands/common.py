@@ -75,6 +75,10 @@ class Tuning:
     """Only so many of the last layers learn, by adapters or by their weights; embeddings, last norm and head
     stay as they are. None: all."""
 
+    def __post_init__(self) -> None:
+        if not self.lora and (self.lora_alpha is not None or self.lora_targets != ("attention",)):
+            raise ValueError("--lora-targets and --lora-alpha are of adapters: they need --lora")
+
     def policy(self, model: PaLM | HFModel, scope: str = ACTOR) -> Policy:
         """The model as what learns; adapters of that name are added to it."""
         if not self.lora:

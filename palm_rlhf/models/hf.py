@@ -87,6 +87,8 @@ class HFModel(Scopes):
                 f"HFModel: {kind} has no decoder with one matrix to the vocabulary behind it. Load it by "
                 "AutoModelForCausalLM."
             )
+        if getattr(model, "is_quantized", False):
+            raise ValueError(f"HFModel: {kind} has quantised weights: no adapter can be merged into them")
         self.model, self.static_cache = model, static_cache
         self.num_tokens, self.dim = weight.shape
         config = model.config.get_text_config(decoder=True)
@@ -166,7 +168,8 @@ class HFModel(Scopes):
         for parent, name, layer in adapted(twin.model):
             base = layer.get_base_layer()
             if scope in layer.lora_A:
-                base.weight = nn.Parameter(base.weight + layer.get_delta_weight(scope), requires_grad=False)
+                merged = base.weight + layer.get_delta_weight(scope).to(base.weight.dtype)
+                base.weight = nn.Parameter(merged, requires_grad=False)
             setattr(parent, name, base)
         vars(twin.model).pop("peft_config", None)
         return twin.eval()

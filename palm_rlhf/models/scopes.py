@@ -88,6 +88,9 @@ class Scopes(nn.Module):
             # Several scopes are the point, and of the layout of a Conv1D peft finds out by itself.
             warnings.filterwarnings("ignore", "Already found a `peft_config`|fan_in_fan_out is set")
             inject_adapter_in_model(config, self.model, scope)
+        # In 16 bits an update of Adam's size is lost.
+        for parameter in self.finetune_parameters(scope):
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         # peft freezes everything else; what learns is the trainer's to say.
         for parameter in self.parameters():
             parameter.requires_grad_(learns.get(id(parameter), True))
