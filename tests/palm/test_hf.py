@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from palm_rlhf.algorithms.objectives import log_ratio
 from palm_rlhf.generation import generate
-from palm_rlhf.models.hf import HFModel, load_hf
+from palm_rlhf.models.hf import HFModel, load_hf, quiet
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import Policy, set_dropout
 from tests.palm.hf_models import FAMILIES, VOCABULARY, build, configuration, random_model
@@ -234,6 +234,12 @@ def test_bfloat16_is_checked_by_its_own_measure():
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"no folder .* with a model of transformers"):
         load_hf(tmp_path / "none")
+    with pytest.raises(ValueError, match="needs a name"):
+        load_hf("")
+    with quiet():
+        build("llama").model.model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"missing, such as lm_head.weight, and would be random"):
+        load_hf(tmp_path / "headless")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="cannot be loaded as a causal model"):
         load_hf(tmp_path)
