@@ -45,7 +45,7 @@ on your own data:
   palm-rlhf train ppo --model runs/book --prompts-file prompts.txt --reward-model runs/reward --out runs/rlhf
 
 on a model of transformers, by its folder or its name on the hub (docs/models.md):
-  palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \
+  palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \\
       --reward score.py:polite --out runs/grpo
 
 in several processes, on GPUs or on the CPU, or in bfloat16 (docs/training.md):
