@@ -58,8 +58,12 @@ rewards by name, for --reward:
                              sum, min, or lower (mean less k deviations); "weights", "k"
 
 on a model of transformers, by its folder or its name on the hub (docs/models.md):
-  palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \
+  palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \\
       --reward score.py:polite --out runs/grpo
+
+in several processes, on GPUs or on the CPU, or in bfloat16 (docs/training.md):
+  accelerate launch --config_file examples/accelerate/processes.yaml --num_processes 4 \\
+      -m palm_rlhf train ppo --task calculator --model runs/sft --out runs/ppo --precision bf16
 
 a run's folder:
   config.json         what the command was called with

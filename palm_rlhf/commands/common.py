@@ -67,6 +67,8 @@ class Tuning:
     were are copies."""
     lora_r: int = 8
     """Rank of the adapters."""
+    lora_alpha: float | None = None
+    """What the adapters add is scaled by this over their rank; default: by 1."""
     lora_targets: tuple[str, ...] = ("attention",)
     """Projections that get adapters: attention, mlp, all, or names: of PaLM q, k, v, o, up, gate, down; of a
     model of transformers such as q_proj."""
@@ -74,11 +76,15 @@ class Tuning:
     """Only so many of the last layers learn, by adapters or by their weights; embeddings, last norm and head
     stay as they are. None: all."""
 
+    def __post_init__(self) -> None:
+        if not self.lora and (self.lora_alpha is not None or self.lora_targets != ("attention",)):
+            raise ValueError("--lora-targets and --lora-alpha are of adapters: they need --lora")
+
     def policy(self, model: PaLM | HFModel, scope: str = ACTOR) -> Policy:
         """The model as what learns; adapters of that name are added to it."""
         if not self.lora:
             return Policy(model, None, self.last_layers)
-        model.add_finetune_params(scope, self.lora_r, self.lora_targets, self.last_layers)
+        model.add_finetune_params(scope, self.lora_r, self.lora_targets, self.last_layers, self.lora_alpha)
         return Policy(model, scope)
 
     def apart(self, model: PaLM | HFModel) -> PaLM | HFModel:

@@ -87,6 +87,7 @@ def run(args: Reward, line: str) -> int:
         use_lora=args.tuning.lora,
         lora_r=args.tuning.lora_r,
         lora_targets=args.tuning.lora_targets,
+        lora_alpha=args.tuning.lora_alpha,
         last_layers=args.tuning.last_layers,
     )
     samples = _samples(args, loaded, train)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Of queries and keys that are normalised to length 1.
 QK_SCALE = 8.0
+# In which weight a projection is.
+_WEIGHT = dict.fromkeys(("q", "k", "v", "up", "gate"), "fused") | {"o": "attn_out", "down": "ff_out"}
 
 
 class Context(NamedTuple):
@@ -190,7 +192,8 @@ class Block(nn.Module):
         twin.training, twin._modules = False, dict(self._modules)
         twin.gain = self.gamma.to(torch.promote_types(self.gamma.dtype, torch.float32)) + 1
         if lora is not None:
-            for name in ("fused", "attn_out", "ff_out"):
+            touched = {_WEIGHT[name] for name in lora.targets}
+            for name in sorted(touched):
                 own = twin._modules[name] = copy.copy(self._modules[name])
                 own._parameters = {"weight": nn.Parameter(own.weight.clone(), False), "bias": None}
             twin.merge_(lora)

@@ -304,6 +304,7 @@ class PaLM(nn.Module):
         lora_r: int | None = None,
         targets: Targets = "attention",
         last_layers: int | None = None,
+        alpha: float | None = None,
     ) -> None:
         """Adds adapters that change nothing yet.
 
@@ -312,6 +313,7 @@ class PaLM(nn.Module):
             targets: the projections that get one: "attention", "mlp", "all", or names of
                 `lora.PROJECTIONS`.
             last_layers: only in so many of the last layers.
+            alpha: what they add is scaled by alpha over the rank; by default by 1.
 
         Raises:
             ValueError: the scope exists, or there are no such projections or layers.
@@ -324,15 +326,17 @@ class PaLM(nn.Module):
         adapters = nn.ModuleList()
         for block in self.layers:
             sizes = block.projections()
-            adapters.append(BlockLoRA({n: sizes[n] for n in names if id(block) in deep}, rank))
+            adapters.append(BlockLoRA({n: sizes[n] for n in names if id(block) in deep}, rank, alpha))
         self.finetune_modules[scope] = adapters.to(device=weight.device, dtype=weight.dtype)
 
     def adapter_options(self, scope: str) -> dict[str, Any]:
         """The arguments of `add_finetune_params` that make adapters such as these."""
         there = [lora for lora in self._scope(scope) if lora.targets]
-        rank = next(iter(there[0])).A.shape[1]
+        first = next(iter(there[0]))
+        rank = first.A.shape[1]
         last_layers = None if len(there) == len(self.layers) else len(there)
-        return {"lora_r": rank, "targets": there[0].targets, "last_layers": last_layers}
+        found = {"lora_r": rank, "targets": there[0].targets, "last_layers": last_layers}
+        return found | {"alpha": first.scale * rank}
 
     def remove_finetune_params(self, scope: str) -> nn.Module:
         """Takes adapters out and returns them."""

@@ -65,7 +65,8 @@ class ValueModel(nn.Module):
         """The same, and the logits [B, T, bins] that the values are the means of, where there are bins."""
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         rows = hidden_rows(self.model, tokens, mask, mask, scope=self.scope, packed=self.packed)
-        found = placed(self.value_head(rows), mask)
+        with torch.autocast(rows.device.type, enabled=False):  # a number wants all its digits
+            found = placed(self.value_head(rows.to(self.value_head.weight.dtype)), mask)
         if self.centres is None:
             return found.squeeze(-1), None
         return expected_value(found, self.centres), found

@@ -18,7 +18,7 @@ from palm_rlhf.models.packing import set_packed
 from palm_rlhf.models.value import Policy, set_dropout
 from palm_rlhf.tasks.pairs import Pair
 from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
-from palm_rlhf.trainers.learner import train_only
+from palm_rlhf.trainers.learner import forward_pass, train_only
 from palm_rlhf.trainers.passes import PassesConfig, PassesTrainer
 
 
@@ -169,6 +169,7 @@ class OfflineTrainer(PassesTrainer):
         # Every process has filled the places of its share.
         return sum(self.ranks.everyones(found))
 
+    @forward_pass
     def _summed(self, policy: Policy, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
         """[B]: log-probabilities of responses after their prompts, which meet in one column."""
         tokens, mask = left_padded(prompts, self.pad)

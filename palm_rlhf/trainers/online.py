@@ -19,7 +19,7 @@ from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.seeds import drawn_seeds
 from palm_rlhf.trainers.figures import described
-from palm_rlhf.trainers.learner import Order, Trainer, linear_share, train_only
+from palm_rlhf.trainers.learner import Order, Precision, Trainer, forward_pass, linear_share, train_only
 
 if TYPE_CHECKING:
     from palm_rlhf.rollout.store import RolloutStore
@@ -63,6 +63,8 @@ class OnlineConfig:
     """Rollouts on which the critic learns alone, before the policy does as well."""
     max_grad_norm: float | None = 1.0
     """Clip gradients to this norm, policy and critic apart; None: not."""
+    precision: Precision = "float32"
+    """Of products; with bf16 weights, log-probabilities and losses stay float32."""
     anneal: bool = True
     """Let the learning rates fall to 0 over the run."""
     steps: int = 100
@@ -159,6 +161,7 @@ class OnlineTrainer(Trainer):
             generators,
             batch=config.prompts,
             max_grad_norm=config.max_grad_norm,
+            precision=config.precision,
         )
         self._set_rates(0)
 
@@ -208,14 +211,15 @@ class OnlineTrainer(Trainer):
         mine = self.ranks.share(len(whole))
         prompts, seeds = whole[mine], seeds[mine]
         size = max(1, (c.rollout_batch or len(whole) * c.samples) // c.samples)
-        parts = [
-            generate(
-                self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
-                samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop,
-                pad=self.pad, seeds=seeds[start : start + size], scope=self.policy.scope,
-            )
-            for start in range(0, len(prompts), size)
-        ]  # fmt: skip
+        with self.autocast():
+            parts = [
+                generate(
+                    self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
+                    samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+                    stop=self.stop, pad=self.pad, seeds=seeds[start : start + size], scope=self.policy.scope,
+                )
+                for start in range(0, len(prompts), size)
+            ]  # fmt: skip
         scores = [self.reward(part).float() for part in parts]
         device = self.policy.model.device
         found = self.ranks.everyones(list(zip(parts, scores)))
@@ -249,14 +253,15 @@ class OnlineTrainer(Trainer):
     def with_head(self, rollout: Rollout) -> Rollout:
         """The rollout with the tokens that the policy finds most probable now at every place."""
 
-        def head(part: Rollout) -> tuple[Tensor, Tensor]:
-            g = part.generation
-            return self.policy.most_probable(
-                g.tokens, g.mask, g.prompt_width, part.temperature, self.options.head
-            )
-
-        ids, logprob = self._by_all(rollout, head)
+        ids, logprob = self._by_all(rollout, self._most_probable)
         return replace(rollout, head_ids=ids, head_logprob=logprob)
+
+    @forward_pass
+    def _most_probable(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        g = rollout.generation
+        return self.policy.most_probable(
+            g.tokens, g.mask, g.prompt_width, rollout.temperature, self.options.head
+        )
 
     def _by_all(self, rollout: Rollout, score: Callable[[Rollout], Sequence[Tensor]]) -> list[Tensor]:
         """What `score` finds for parts of a rollout, [B, R, ...] each: every process scores its share."""
@@ -272,10 +277,12 @@ class OnlineTrainer(Trainer):
         if share.start < share.stop:
             yield from rollout.rows(share).micro_batches(size)
 
+    @forward_pass
     def _scored(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
         g = rollout.generation
         return policy(g.tokens, g.mask, g.prompt_width, rollout.temperature)
 
+    @forward_pass
     def _values(self, rollout: Rollout, critic: ValueModel) -> tuple[Tensor, Tensor | None]:
         """[B, R]: the value of the state before each token of the response; logits of a critic with bins."""
         g = rollout.generation
@@ -283,6 +290,7 @@ class OnlineTrainer(Trainer):
         first = g.prompt_width - 1
         return values[:, first:], None if logits is None else logits[:, first:]
 
+    @forward_pass
     def outputs(self, rollout: Rollout) -> Outputs:
         """What the learner finds for these responses now."""
         head = None

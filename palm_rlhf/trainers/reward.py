@@ -111,7 +111,8 @@ class RewardTrainer(PassesTrainer):
             [row.texts[k] for k in range(len(rows[0].texts)) for row in rows]
         )
         if self.pairs:
-            chosen, rejected = self.model.pair_scores(tokens, mask, prompt_mask)
+            with self.autocast():
+                chosen, rejected = self.model.pair_scores(tokens, mask, prompt_mask)
             c, margin = self.config, self._numbers(rows, chosen.dtype)
             losses = bradley_terry_loss(chosen, rejected, c.margin * margin)
             if c.centring:
@@ -119,7 +120,8 @@ class RewardTrainer(PassesTrainer):
             chosen, rejected = chosen.detach(), rejected.detach()
             figures = {"accuracy": pair_accuracy(chosen, rejected), "difference": chosen - rejected}
             return losses, figures | {"reward": (chosen + rejected) / 2}
-        predictions = self.model.predictions(tokens, mask, prompt_mask)
+        with self.autocast():
+            predictions = self.model.predictions(tokens, mask, prompt_mask)
         if not self.model.binned_output:
             labels = self._numbers(rows, predictions.dtype)
             return self.model.label_loss(predictions, labels), {
