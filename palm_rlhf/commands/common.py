@@ -19,6 +19,7 @@ from palm_rlhf.models.finetune import apart, learned
 from palm_rlhf.models.hf import HFModel, load_hf
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy
+from palm_rlhf.rewards.text import NAMES, text_reward
 from palm_rlhf.tasks.calculator import Calculator, gsm8k, products
 from palm_rlhf.tokens import HUB, FileTokenizer, HFTokenizer, Tokenizer, check_fits, load_tokenizer
 from rlhf_kernels.runtime.files import write_aside
@@ -290,10 +291,13 @@ def make_task(name: str | None, problems: Path | None, factors: tuple[int, int])
 
 
 def load_function(where: str) -> Callable[[str, str], float]:
-    """The function that `FILE.py:name` means; ValueError where there is none for (prompt, response)."""
+    """What `FILE.py:name` or a name of `rewards.text` means; ValueError where there is no such reward."""
+    if (named := text_reward(where)) is not None:
+        return named
     path, colon, name = where.rpartition(":")
     if not colon or not name.isidentifier():
-        raise ValueError(f"a reward is given as FILE.py:function, got {where!r}")
+        kinds = ", ".join(f"{kind}:..." for kind in NAMES)
+        raise ValueError(f"a reward is given as FILE.py:function, or as one of {kinds}, got {where!r}")
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path} with the reward {name}()")
     spec = importlib.util.spec_from_file_location("palm_rlhf_reward", path)
