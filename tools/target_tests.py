@@ -71,17 +71,8 @@ def run(files: list[Path], patched: str | None) -> tuple[dict[str, str], dict[st
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         # No configuration but pytest's own: that of this project would be found above the peers.
-        options = [
-            "-q",
-            "-c",
-            os.devnull,
-            "--rootdir",
-            folder,
-            "-p",
-            "no:cacheprovider",
-            "--junitxml",
-            report,
-        ]
+        options = ["-c", os.devnull, "--rootdir", os.path.commonpath([file.parent for file in files])]
+        options += ["-p", "no:cacheprovider", "--continue-on-collection-errors", "--junitxml", report]
         command = [sys.executable, "-W", "ignore", "-c", CHILD, *map(str, [*options, *files])]
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=folder, check=False
@@ -89,7 +80,7 @@ def run(files: list[Path], patched: str | None) -> tuple[dict[str, str], dict[st
         if not report.is_file():
             raise SystemExit(f"pytest did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         outcomes = {
-            f"{case.get('classname')}::{case.get('name')}": _outcome(case)
+            f"{case.get('classname')}::{case.get('name')}".strip(":"): _outcome(case)
             for case in ElementTree.parse(report).iter("testcase")
         }
     return outcomes, json.loads(done.stdout.splitlines()[-1])
@@ -98,11 +89,15 @@ def run(files: list[Path], patched: str | None) -> tuple[dict[str, str], dict[st
 def _outcome(case: ElementTree.Element) -> str:
     for child in case:
         if child.tag in ("failure", "error", "skipped"):
-            reason = (child.get("message") or "").splitlines()
-            return {"failure": "failed", "error": "error", "skipped": "skipped"}[child.tag] + (
-                f": {reason[0][:120]}" if reason and child.tag == "skipped" else ""
-            )
+            kind = {"failure": "failed", "error": "error", "skipped": "skipped"}[child.tag]
+            said = (child.text or child.get("message") or "").strip().splitlines()
+            raised = [line[1:].strip() for line in said if line.startswith("E ")]
+            return f"{kind}: {(raised or said or [''])[-1][:120]}"
     return "passed"
+
+
+def _kind(outcome: str | None) -> str:
+    return (outcome or "").partition(":")[0]
 
 
 def compare(target: Target, files: list[Path]) -> dict[str, Any]:
@@ -112,9 +107,9 @@ def compare(target: Target, files: list[Path]) -> dict[str, Any]:
     differing = {
         name: [before.get(name, "absent"), after.get(name, "absent")]
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
+        if _kind(before.get(name)) != _kind(after.get(name))
     }
-    kinds = Counter(outcome.partition(":")[0] for outcome in before.values())
+    kinds = Counter(map(_kind, before.values()))
     return {
         "target": target.name,
         "version": patching.version_of(target, True),
@@ -135,7 +130,7 @@ def main() -> int:
     known = patching.targets()
     parser.add_argument("targets", nargs="*", help=f"stacks: {', '.join(known)}; all by default")
     parser.add_argument("--tests", type=Path, help="a folder of tests, where the package brings none")
-    parser.add_argument("--json", action="store_true", help="a JSON row each")
+    parser.add_argument("--json", action="store_true", help="a JSON row each, in place of paragraphs")
     parser.add_argument("--out", type=Path, help="append the rows to this file")
     options = parser.parse_args()
     try:
