@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def lines_of(target: Target, rows: list[dict[str, Any]]) -> list[str]:
                 several = len(target.checked) > 1
                 lines.append(_line(found[-1], rebinding.note, f" {version[:4]}" if several else ""))
     left = "; ".join(f"{name}: {why}" for name, why in target.untouched.items())
-    return [*lines, "", f"Left: {left}."]
+    return [*lines, "", *textwrap.wrap(f"Left: {left}.", 120, break_on_hyphens=False)]
 
 
 def _line(row: dict[str, Any], note: str, version: str) -> str:

@@ -299,7 +299,7 @@ PATCH = Target(
             make=cached_generate,
             call=_generate_call,
             backends=rebind.FAST | {"torch"},
-            note="the same random numbers, hence the same tokens but for rounding",
+            note="the same random numbers, so the same tokens but for rounding; copies the blocks' weights",
         ),
         *TRAINING,
         Rebinding(

@@ -71,7 +71,7 @@ class Patched:
 
     def __str__(self) -> str:
         lines = [f"{self.target} {self.version}: {len(self.replaced)} replaced, {len(self.left)} left"]
-        lines += [f"  {one.name}: by {one.op or 'less work'} ({one.place})" for one in self.replaced]
+        lines += [f"  {one.name}: {one.op and f'by {one.op} '}({one.place})" for one in self.replaced]
         lines += [f"  {name} left: {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
@@ -230,9 +230,11 @@ def left_alone(rebinding: Rebinding, backend: str | None = None) -> str | None:
     """Why this function is left on this machine unless it is asked for by name, or None."""
     if not rebinding.chosen:
         return f"it changes results; only=[{rebinding.name!r}] asks for it"
+    if backend is not None:
+        return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if backend is not None or not rebinding.op:
-        return None if backend is not None else rebinding.leave(device)
+    if not rebinding.op:
+        return rebinding.leave(device)
     choice = dispatch.explain(rebinding.op, device=device)
     if choice.backend not in rebinding.backends:
         where = f"the {choice.backend} backend on {device}"

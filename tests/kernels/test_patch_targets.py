@@ -114,8 +114,12 @@ def test_patch_replaces_what_it_lists_and_undoes_it(target):
         for one in patched.replaced:
             owner, key = slots.look_up(one.place, importlib.import_module(one.place.split(":")[0]))
             held.append((owner, key, slots.attributes(owner)[key]))
+        taken = [(slot.holder, slot.key, slot.before) for slot in patched.slots]
+        assert len(taken) >= len(held)
     for owner, key, ours in held:
         assert slots.attributes(owner)[key] is not ours
+    for holder, key, before in taken:
+        assert slots.attributes(holder).get(key, slots.ABSENT) is before
 
 
 def test_an_update_of_palm_gives_gradients_to_what_is_trained_alone():
