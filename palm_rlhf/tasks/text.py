@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Samples:
             else self.given[index].clamp(min=1)
         )
         return mask & (torch.arange(mask.shape[1]) >= given[:, None])
+
+    def count_learned(self, index: Tensor) -> int:
+        """How many tokens of these samples are to be learned."""
+        given = 1 if self.given is None else self.given[index].clamp(min=1)
+        return int((self.lengths[index] - given).clamp(min=0).sum())
 
     def divided(self, held_back: float, generator: torch.Generator | None = None) -> tuple[Samples, Samples]:
         """Those to train on and those to judge by: the last of them, or with a generator a random share.
@@ -155,7 +160,10 @@ def lines(
     """
     rows, given = [], []
     for text in texts:
-        prompt, response = ([], text) if isinstance(text, str) else (tokenizer.encode(text[0]), text[1])
+        if isinstance(text, str):
+            prompt, response = first_ids(tokenizer), text
+        else:
+            prompt, response = prompt_ids(tokenizer, text[0]), text[1]
         rows.append([*prompt, *tokenizer.encode(response), tokenizer.stop if stop is None else stop])
         given.append(len(prompt))
     if not rows:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from palm_rlhf.models.checkpoint import CheckpointError, read_tensors, write_tensors
+from palm_rlhf.models.checkpoint import CheckpointError, read_tensors, unshared, write_tensors
 
 if TYPE_CHECKING:
     from palm_rlhf.trainers.loop import Learner
@@ -47,7 +47,7 @@ class Checkpoints:
         aside.mkdir(parents=True)
         try:
             for name, module in learner.modules().items():
-                write_tensors(aside / f"{name}.safetensors", _state_dict(module), {"learner": learner.name})
+                write_tensors(aside / f"{name}.safetensors", unshared(module), {"learner": learner.name})
             state = {
                 "step": step,
                 "learner": learner.name,
@@ -64,15 +64,26 @@ class Checkpoints:
             torch.save(state, aside / _STATE)
             for file in aside.iterdir():
                 _to_disk(file)
+            _to_disk(aside)
             # Only a run that went back to an earlier checkpoint comes here a second time.
-            shutil.rmtree(path, ignore_errors=True)
+            self._discard(path)
             aside.replace(path)
             _to_disk(self.folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._tidy()
         return path
+
+    def _tidy(self) -> None:
+        for old in self.all()[: -self.keep]:
+            self._discard(old)
+
+    def _discard(self, path: Path) -> None:
+        """Takes the name away first: a folder with half of its files would be taken for a checkpoint."""
+        aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.is_dir():
+            path.replace(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def restore(self, learner: Learner) -> int:
         """Puts the newest checkpoint back and returns its step; 0 where there is none.
@@ -82,6 +93,7 @@ class Checkpoints:
         """
         for leftover in self.folder.glob(".step-*"):  # of a run that was killed while it saved
             shutil.rmtree(leftover, ignore_errors=True)
+        self._tidy()
         path = self.last
         if path is None:
             return 0
@@ -116,16 +128,6 @@ class Checkpoints:
         return "Remove it to start over, or choose another output folder."
 
 
-def _state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor once: safetensors refuses memory that two names share."""
-    seen: dict[int, str] = {}
-    found = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if seen.setdefault(id(tensor), name) == name:
-            found[name] = tensor
-    return found
-
-
 def _to_disk(path: Path) -> None:
     """Waits until a file, or the names in a folder, would survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -137,7 +139,7 @@ def _to_disk(path: Path) -> None:
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
     """In place, so that optimizers keep their parameters."""
-    own = _state_dict(module)
+    own = unshared(module)
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise CheckpointError(
