@@ -8,8 +8,7 @@ that interleave both in one process, after one round that does not count. Memory
 runs a first step, and then one under the profiler: `tensors` is the most that tensors hold above what they
 held before (so without the weights, with gradients and the optimizer's state), `process` is by how much the
 first step raised the most that the process ever held. `difference` is between the gradients of both,
-relative to each tensor's largest element. float32 on the CPU;
-needs `make peers`.
+relative to each tensor's largest element. float32 on the CPU; needs `make peers`.
 """
 
 from __future__ import annotations
