@@ -20,6 +20,10 @@ COMMANDS = {
     "reward": "train a reward model on pairs of a better and a worse response",
     "train": "train a model on rewards or on pairs: palm-rlhf train ppo, grpo, dpo, and others",
     "generate": "continue prompts, or choose the best of several responses",
+    "sample": "several responses to each prompt of a file, with a seed each",
+    "score": "score what was sampled, by a reward model, a classifier or a rule",
+    "pairs": "the best and the worst response to each prompt, for palm-rlhf train rebel, dpo, ...",
+    "evaluate": "compare models: perplexity, rewards, win rate, KL, diversity; judge a reward model",
 }
 
 HELP = f"""\
@@ -42,6 +46,13 @@ on your own data:
   palm-rlhf train dpo --model runs/book --pairs pairs.jsonl --out runs/dpo
   palm-rlhf reward --model runs/book --pairs pairs.jsonl --out runs/reward
   palm-rlhf train ppo --model runs/book --prompts-file prompts.txt --reward-model runs/reward --out runs/rlhf
+
+your own model's responses, in stages that can be stopped and go on (docs/pipeline.md):
+  palm-rlhf sample --model runs/book --prompts-file prompts.txt --out runs/samples.jsonl
+  palm-rlhf score --samples runs/samples.jsonl --reward score.py:polite --out runs/scored.jsonl
+  palm-rlhf pairs --scored runs/scored.jsonl --out runs/pairs.jsonl
+  palm-rlhf train rebel --model runs/book --pairs runs/pairs.jsonl --temperature 0.8 --out runs/rebel
+  palm-rlhf evaluate --model runs/book runs/rebel --prompts-file test.txt --reward score.py:polite
 
 a run's folder:
   config.json         what the command was called with

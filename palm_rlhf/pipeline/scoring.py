@@ -1,0 +1,204 @@
+"""Scores of responses: by a reward model, by a classifier of Hugging Face, or by a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from palm_rlhf.generation import Generation, side_by_side
+from palm_rlhf.rewards import ModelReward, ProgrammaticReward, RewardError
+from palm_rlhf.tokens import Tokenizer, identity
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response with what it answers.
+
+    Attributes:
+        messages: the dialogue, without a template.
+        prompt, response: texts as the model read and wrote them.
+        prompt_tokens, tokens: their ids; the stop token is the last of a response that came to one.
+    """
+
+    messages: Sequence[Mapping[str, str]]
+    prompt: str
+    response: str
+    prompt_tokens: Sequence[int]
+    tokens: Sequence[int]
+
+    @property
+    def question(self) -> str:
+        """What the last message says."""
+        return self.messages[-1]["content"]
+
+
+class Scorer(Protocol):
+    """From responses to one finite number each, higher for better ones."""
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        """Their scores."""
+        ...
+
+
+def answers_of(rows: Iterable[Mapping[str, Any]]) -> list[Answer]:
+    """All responses of the rows of a file of samples, in its order."""
+    return [
+        Answer(row["messages"], row["prompt"], response, row["prompt_tokens"], tokens)
+        for row in rows
+        for response, tokens in zip(row["responses"], row["response_tokens"])
+    ]
+
+
+def scored(rows: Sequence[Mapping[str, Any]], scorer: Scorer) -> list[dict[str, Any]]:
+    """The rows with "scores"; RewardError where one is not finite."""
+    answers = answers_of(rows)
+    left = iter(_finite(scorer(answers), answers))
+    return [{**row, "scores": [next(left) for _ in row["responses"]]} for row in rows]
+
+
+def _finite(scores: Sequence[float], answers: Sequence[Answer]) -> list[float]:
+    for score, answer in zip(scores, answers, strict=True):
+        if not abs(score) < float("inf"):
+            raise RewardError(f"the score is {score} for the response {answer.response!r:.100}")
+    return list(scores)
+
+
+class RuleScorer:
+    """A function of (prompt, response): the prompt is the last message, without a template."""
+
+    def __init__(self, rule: ProgrammaticReward) -> None:
+        self._rule = rule
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        """Its numbers; RewardError where it fails."""
+        return [self._rule.score(answer.question, answer.response) for answer in answers]
+
+
+class RewardModelScorer:
+    """A reward model of ours. It reads the sampled tokens where they are its own, else the texts."""
+
+    def __init__(self, reward: ModelReward, tokenizer: Tokenizer, stop: int, sampled_with: str) -> None:
+        """`tokenizer` and `stop` are the model's, `sampled_with` the `identity` of the sampler's."""
+        self._reward, self._tokenizer, self._stop = reward, tokenizer, stop
+        self._same = identity(tokenizer) == sampled_with
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        """Its rewards."""
+        prompts, responses = zip(*(self._tokens(answer) for answer in answers))
+        return self._reward(as_generation(prompts, responses, self._tokenizer.pad)).tolist()
+
+    def _tokens(self, answer: Answer) -> tuple[Sequence[int], Sequence[int]]:
+        if self._same:
+            return answer.prompt_tokens, answer.tokens
+        encode = self._tokenizer.encode
+        return encode(answer.prompt), [*encode(answer.response), self._stop]
+
+
+def as_generation(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int
+) -> Generation:
+    """Prompts and responses as rewards take them, without log-probabilities."""
+    tokens, mask, width = side_by_side(prompts, responses, pad)
+    nothing = torch.zeros(len(tokens), tokens.shape[1] - width)
+    return Generation(tokens, mask, width, nothing, nothing, torch.zeros(len(tokens), dtype=torch.bool))
+
+
+class ClassifierScorer:
+    """A sequence-classification model of Hugging Face, such as a reward model or a judge of sentiment.
+
+    With one output the score is that. Of several labels the score is the log-odds of one of them: the
+    logarithm of its probability over that of all others.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        *,
+        label: str | None = None,
+        device: str | torch.device = "cpu",
+        batch: int = 32,
+        max_tokens: int | None = None,
+    ) -> None:
+        """
+        Args:
+            name: folder or hub name.
+            label: name or index of a label, where the model has several.
+            device: where to put it. batch: texts in one forward pass.
+            max_tokens: a longer text loses its beginning; None: what the model allows.
+
+        Raises:
+            ValueError: it cannot be loaded, or the label is not one of its own.
+        """
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(name), truncation_side="left")
+            self._model = AutoModelForSequenceClassification.from_pretrained(str(name))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name} is no sequence-classification model: {reason:.200}") from error
+        self._model.to(device).eval()
+        self._batch, self.label = batch, self._index(name, label)
+        self._own_pads()
+        longest = getattr(self._model.config, "max_position_embeddings", None)
+        self._longest = min(
+            n for n in (max_tokens, longest, self._tokenizer.model_max_length) if n is not None
+        )
+        # How many texts lost their beginning.
+        self.cut = 0
+
+    def _index(self, name: str | Path, label: str | None) -> int | None:
+        names = self._model.config.id2label
+        if self._model.config.num_labels == 1:
+            return None
+        known = {**{str(index): index for index in names}, **{text: index for index, text in names.items()}}
+        if label not in known:
+            raise ValueError(
+                f"{name} has the labels {', '.join(map(str, names.values()))}: say with --label which "
+                f"of them is good, got {label}"
+            )
+        return known[label]
+
+    def _own_pads(self) -> None:
+        """A padding token where there is none: it stands in the mask, so that any token will do."""
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)
+        if self._model.config.pad_token_id is None:
+            # By it decoders find the last real token.
+            self._model.config.pad_token_id = self._tokenizer.pad_token_id
+
+    def text(self, answer: Answer) -> str:
+        """What it reads: the dialogue in its own chat template, or prompt and response as they are."""
+        if self._tokenizer.chat_template is None:
+            return answer.prompt + answer.response
+        said = [*answer.messages, {"role": "assistant", "content": answer.response.strip()}]
+        return self._tokenizer.apply_chat_template(said, tokenize=False)
+
+    @torch.no_grad()
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        """Its scores."""
+        found: list[float] = []
+        for start in range(0, len(answers), self._batch):
+            texts = [self.text(answer) for answer in answers[start : start + self._batch]]
+            found += self._scores(texts).tolist()
+        return found
+
+    def _scores(self, texts: list[str]) -> Tensor:
+        # A chat template writes the special tokens itself.
+        special = self._tokenizer.chat_template is None
+        whole = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
+        self.cut += sum(len(ids) > self._longest for ids in whole)
+        taken = self._tokenizer(
+            texts, add_special_tokens=special, padding=True, truncation=True, max_length=self._longest,
+            return_tensors="pt",
+        )  # fmt: skip
+        logits = self._model(**taken.to(self._model.device)).logits.float()
+        if self.label is None:
+            return logits[:, 0]
+        others = [i for i in range(logits.shape[1]) if i != self.label]
+        return logits[:, self.label] - logits[:, others].logsumexp(1)
