@@ -161,8 +161,8 @@ def make_task(name: str | None, problems: Path | None, factors: tuple[int, int])
     return products(*factors) if name is not None else None
 
 
-def load_function(where: str) -> Callable[[str, str], float]:
-    """The function that `FILE.py:name` means; ValueError where there is none for (prompt, response)."""
+def load_function(where: str, takes: Sequence[str] = ("prompt", "response")) -> Callable[..., float]:
+    """The function that `FILE.py:name` means; ValueError where there is none that takes these arguments."""
     path, colon, name = where.rpartition(":")
     if not colon or not name.isidentifier():
         raise ValueError(f"a reward is given as FILE.py:function, got {where!r}")
@@ -180,7 +180,7 @@ def load_function(where: str) -> Callable[[str, str], float]:
     if not callable(function):
         raise ValueError(f"{path} has no function {name}()")
     try:
-        inspect.signature(function).bind("prompt", "response")
+        inspect.signature(function).bind(*takes)
     except TypeError as error:
-        raise ValueError(f"{path}: {name}() must take (prompt, response): {error}") from error
+        raise ValueError(f"{path}: {name}() must take ({', '.join(takes)}): {error}") from error
     return function

@@ -49,6 +49,8 @@ class TrainPairs:
     config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = field(default_factory=OfflineConfig)
     save_every: int = 100
     """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that stay; palm-rlhf evaluate --run looks at all that are there."""
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -59,9 +61,9 @@ def run(args: TrainPairs, line: str) -> int:
     """Trains, and writes the model with the adapters merged."""
     folder = Run(f"train {args.algorithm.name}", args, line, grows="epochs")
     loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    train, judge = _divided(args)
     for file in (args.pairs, args.test_pairs):
         _check_origin(file, args, loaded)
-    train, judge = _divided(args)
     torch.manual_seed(args.config.seed)  # of new adapters
     if args.lora:
         loaded.model.add_finetune_params(ACTOR, args.lora_r)

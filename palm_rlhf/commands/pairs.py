@@ -23,10 +23,10 @@ class Pairs:
     palm-rlhf pairs --scored runs/scored.jsonl --out runs/pairs.jsonl --test 0.1
     """
 
-    scored: tuple[Path, ...]
-    """One or more files of palm-rlhf score."""
     out: Path
     """File of JSON lines to write; those that judge go to the same name with .test before its end."""
+    scored: tuple[Path, ...] = ()
+    """One or more files of palm-rlhf score."""
     choice: Annotated[PairOptions, tyro.conf.arg(name="")] = field(default_factory=PairOptions)
     test: float = 0.1
     """Share of the pairs that judge; from 1 on their number; 0: none. Those of one prompt stay together."""
@@ -41,6 +41,8 @@ FORM = Pairs
 
 def run(args: Pairs, line: str) -> int:
     """Writes the pairs; there is nothing to resume, and the same command writes the same files."""
+    if not args.scored:
+        raise ValueError("--scored must be given: one or more files of palm-rlhf score")
     check_suffix(args.out)
     judged = args.out.with_name(f"{args.out.stem}.test{args.out.suffix}")
     rows, made = _read(args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from palm_rlhf.algorithms.critics import bin_centres
 from palm_rlhf.algorithms.preferences import expected_value
+from palm_rlhf.generation import side_by_side
 from palm_rlhf.models.protocol import IGNORED, CausalModel
 from rlhf_kernels import linear_logprob
 
@@ -81,6 +82,18 @@ class Policy(nn.Module):
         """Log-probability and entropy [B, R] of the tokens after the first `prompt_width`; 0 where masked."""
         hidden = self._hidden(tokens, mask, prompt_width)
         return self._scored(hidden, tokens, mask, prompt_width, temperature)
+
+    def response_logprob(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        pad: int = 0,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """[B]: log-probability of each response after its prompt, summed over its tokens."""
+        tokens, mask, width = side_by_side(prompts, responses, pad)
+        device = self.model.device
+        return self(tokens.to(device), mask.to(device), width, temperature)[0].sum(1)
 
     def with_head(
         self, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float, ids: Tensor

@@ -20,9 +20,10 @@ class Answer:
     """A response with what it answers.
 
     Attributes:
-        messages: the dialogue, without a template.
+        messages: the dialogue, without a template; empty where there is none.
         prompt, response: texts as the model read and wrote them.
         prompt_tokens, tokens: their ids; the stop token is the last of a response that came to one.
+        stopped: whether it did.
     """
 
     messages: Sequence[Mapping[str, str]]
@@ -30,11 +31,12 @@ class Answer:
     response: str
     prompt_tokens: Sequence[int]
     tokens: Sequence[int]
+    stopped: bool = True
 
     @property
     def question(self) -> str:
         """What the last message says."""
-        return self.messages[-1]["content"]
+        return self.messages[-1]["content"] if self.messages else self.prompt
 
 
 class Scorer(Protocol):
@@ -48,20 +50,21 @@ class Scorer(Protocol):
 def answers_of(rows: Iterable[Mapping[str, Any]]) -> list[Answer]:
     """All responses of the rows of a file of samples, in its order."""
     return [
-        Answer(row["messages"], row["prompt"], response, row["prompt_tokens"], tokens)
+        Answer(row["messages"], row["prompt"], response, row["prompt_tokens"], tokens, stopped)
         for row in rows
-        for response, tokens in zip(row["responses"], row["response_tokens"])
+        for response, tokens, stopped in zip(row["responses"], row["response_tokens"], row["stopped"])
     ]
 
 
 def scored(rows: Sequence[Mapping[str, Any]], scorer: Scorer) -> list[dict[str, Any]]:
     """The rows with "scores"; RewardError where one is not finite."""
     answers = answers_of(rows)
-    left = iter(_finite(scorer(answers), answers))
+    left = iter(finite(scorer(answers), answers))
     return [{**row, "scores": [next(left) for _ in row["responses"]]} for row in rows]
 
 
-def _finite(scores: Sequence[float], answers: Sequence[Answer]) -> list[float]:
+def finite(scores: Sequence[float], answers: Sequence[Answer]) -> list[float]:
+    """The scores; RewardError where one is not finite."""
     for score, answer in zip(scores, answers, strict=True):
         if not abs(score) < float("inf"):
             raise RewardError(f"the score is {score} for the response {answer.response!r:.100}")
@@ -89,14 +92,24 @@ class RewardModelScorer:
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """Its rewards."""
-        prompts, responses = zip(*(self._tokens(answer) for answer in answers))
-        return self._reward(as_generation(prompts, responses, self._tokenizer.pad)).tolist()
+        texts = [self._tokens(answer) for answer in answers]
+        found = dict.fromkeys(range(len(texts)), 0.0)
+        # Without prompts a reward model is trained without the mark of what is prompt and what response.
+        for bare in (False, True):
+            index = [i for i, (prompt, _) in enumerate(texts) if bool(prompt) is not bare]
+            if index:
+                prompts, responses = zip(*(texts[i] for i in index))
+                if bare:
+                    prompts, responses = responses, [()] * len(index)
+                generation = as_generation(prompts, responses, self._tokenizer.pad)
+                found.update(zip(index, self._reward(generation, mark_prompt=not bare).tolist()))
+        return list(found.values())
 
     def _tokens(self, answer: Answer) -> tuple[Sequence[int], Sequence[int]]:
         if self._same:
             return answer.prompt_tokens, answer.tokens
         encode = self._tokenizer.encode
-        return encode(answer.prompt), [*encode(answer.response), self._stop]
+        return encode(answer.prompt), [*encode(answer.response), *([self._stop] if answer.stopped else [])]
 
 
 def as_generation(
@@ -174,7 +187,7 @@ class ClassifierScorer:
 
     def text(self, answer: Answer) -> str:
         """What it reads: the dialogue in its own chat template, or prompt and response as they are."""
-        if self._tokenizer.chat_template is None:
+        if self._tokenizer.chat_template is None or not answer.messages:
             return answer.prompt + answer.response
         said = [*answer.messages, {"role": "assistant", "content": answer.response.strip()}]
         return self._tokenizer.apply_chat_template(said, tokenize=False)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from palm_rlhf.algorithms.offline_table import PairAlgorithm, Scores
 from palm_rlhf.algorithms.preferences import pair_accuracy
-from palm_rlhf.generation import side_by_side
 from palm_rlhf.models.value import Policy, set_dropout
 from palm_rlhf.tasks.pairs import Pair
 from palm_rlhf.tokens import Tokenizer
@@ -228,10 +227,8 @@ class OfflineTrainer:
         return found
 
     def _summed(self, policy: Policy, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
-        """[B]: log-probabilities of responses after their prompts, which meet in one column."""
-        tokens, mask, width = side_by_side(prompts, responses, self.pad)
-        device = policy.model.device
-        return policy(tokens.to(device), mask.to(device), width, self.config.temperature)[0].sum(1)
+        """[B]: log-probabilities of responses after their prompts, at the temperature of the sampler."""
+        return policy.response_logprob(prompts, responses, self.pad, self.config.temperature)
 
     def _micro_batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         """Pairs of like length together: less padding."""

@@ -1,0 +1,121 @@
+"""The pipeline with models and tokenizers of Hugging Face."""
+
+import pytest
+import torch
+
+from palm_rlhf.pipeline import ClassifierScorer, load_template
+from palm_rlhf.pipeline.scoring import Answer
+from palm_rlhf.tokens import load_tokenizer
+from rlhf_kernels import stacks
+from tests.palm.command_line import refused, tokenizer_file
+
+stacks.activate()
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (make peers)")
+
+# As those of Llama 3 and of ChatML are written, with what templates use of the language.
+LLAMA = (
+    "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}\n    {%- set rest = messages[1:] %}\n"
+    "{%- else %}{%- set rest = messages %}{%- endif %}\n"
+    "{%- for message in rest %}\n"
+    "    {{- '<|start|>' + message['role'] + '<|end|>\\n\\n' + message['content'] | trim + eos_token }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|start|>assistant<|end|>\\n\\n' }}\n{%- endif %}\n"
+)
+CHATML = (
+    "{% for message in messages %}\n"
+    "    {% if loop.index0 > 5 %}\n        {% break %}\n    {% endif %}\n"
+    "<|im_start|>{{ message.role }}\n{{ message.content | tojson }}<|im_end|>\n"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def saved_tokenizer(folder, template=None):
+    """A tokenizer of transformers in a folder, made on the fly."""
+    tokenizer_file(folder / "raw.json", "<bos>", "<eos>", "<pad>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "raw.json"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def classifier(folder, labels=1, template=None, **options):
+    """A tiny Llama with a head for so many labels, and its tokenizer, in a folder."""
+    tokenizer = saved_tokenizer(folder, template)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_labels=labels, pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return model, tokenizer
+
+
+ANSWERS = [
+    Answer([{"role": "user", "content": "so much"}], "so much", " depends", (), ()),
+    Answer(
+        [{"role": "user", "content": "a red wheel barrow"}], "a red wheel barrow", " glazed with rain", (), ()
+    ),
+    Answer([{"role": "user", "content": "x"}], "x", "", (), ()),
+]
+
+
+@pytest.mark.parametrize("template", [LLAMA, CHATML], ids=["llama", "chatml"])
+def test_a_template_renders_as_in_transformers(tmp_path, template):
+    theirs = saved_tokenizer(tmp_path, template)
+    ours = load_template("auto", load_tokenizer(tmp_path / "tokenizer.json"))
+    for dialogue in (
+        [{"role": "user", "content": " Größe? \n"}],
+        [{"role": "system", "content": "s"}, *({"role": "user", "content": f"{i} <b>"} for i in range(8))],
+    ):
+        expected = theirs.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
+        assert ours(dialogue) == expected
+
+
+def test_a_classifiers_scores_are_its_logits_whatever_is_beside_them(tmp_path):
+    model, tokenizer = classifier(tmp_path)
+    found = ClassifierScorer(tmp_path, batch=2)(ANSWERS)
+    for answer, score in zip(ANSWERS, found, strict=True):
+        ids = tokenizer(answer.prompt + answer.response, return_tensors="pt")
+        with torch.no_grad():
+            assert abs(model(**ids).logits.item() - score) < 1e-4
+    assert len(set(found)) == 3
+
+
+def test_of_several_labels_one_is_good(tmp_path):
+    model, tokenizer = classifier(tmp_path, labels=3, id2label={0: "bad", 1: "dull", 2: "good"},
+                                  label2id={"bad": 0, "dull": 1, "good": 2})  # fmt: skip
+    found = ClassifierScorer(tmp_path, label="good")(ANSWERS)
+    with torch.no_grad():
+        ids = tokenizer(ANSWERS[0].prompt + ANSWERS[0].response, return_tensors="pt")
+        chance = model(**ids).logits.softmax(-1)[0, 2]
+    assert abs(torch.logit(chance).item() - found[0]) < 1e-4
+    assert ClassifierScorer(tmp_path, label="2")(ANSWERS) == found
+    with pytest.raises(ValueError, match="has the labels bad, dull, good: say with --label"):
+        ClassifierScorer(tmp_path)
+
+
+def test_a_long_text_loses_its_beginning_and_is_counted(tmp_path):
+    model, tokenizer = classifier(tmp_path, template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    scorer = ClassifierScorer(tmp_path, max_tokens=4)
+    found = scorer([*ANSWERS, Answer([], "", "a red wheel barrow", (), ())])
+    assert scorer.cut == 3
+    ids = tokenizer("a red wheel barrow" + "glazed with rain", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        assert abs(model(torch.tensor([ids[-4:]])).logits.item() - found[1]) < 1e-4
+
+
+def test_what_is_no_classifier_is_said(tmp_path, capsys):
+    saved_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(ValueError, match="is no sequence-classification model"):
+        ClassifierScorer(tmp_path)
+    assert refused(capsys, "score", "--samples", tmp_path / "s.jsonl", "--out", "x.jsonl").startswith(
+        "the text"
+    )
