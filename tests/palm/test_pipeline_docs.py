@@ -26,9 +26,8 @@ RECORD = 'palm-rlhf() { printf "%s\\n" "$@" >> commands; printf "\\n" >> command
 def commands(folder):
     """What the shell runs, in order, after everything else in the blocks was done."""
     script = RECORD + "".join(re.findall(r"```sh\n(.*?)```", DOCS.read_text(), re.DOTALL))
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, capture_output=True, text=True
-    )
+    shell = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(shell, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [words.split("\n") for words in (folder / "commands").read_text().strip("\n").split("\n\n")]
 
@@ -51,7 +50,8 @@ def test_the_chain_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     assert [entry["name"] for entry in compared] == ["runs/sft", "runs/1/rebel", "runs/2/rebel"]
     assert all(entry["reward"]["n"] == 3 for entry in compared)
     assert [abs(entry["kl"]["value"]) > 1e-4 for entry in compared] == [False, True, True]
-    first, second = ([json.loads(row) for row in Path(f"runs/{i}/samples.jsonl").open()] for i in (1, 2))
+    files = [Path(f"runs/{i}/samples.jsonl").read_text().splitlines() for i in (1, 2)]
+    first, second = ([json.loads(row) for row in rows] for rows in files)
     assert [row["id"] for row in first] == list(range(8))
     assert min(row["id"] for row in second) > 8  # the next shard
     assert os.path.getsize("runs/frontier/frontier.png") > 1000
