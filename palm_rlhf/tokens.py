@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -147,12 +146,6 @@ def load_tokenizer(name: str | Path, *, pad: str | None = None, stop: str | None
     if pad is not None or stop is not None:
         raise ValueError("the tokenizer 'bytes' has its own pad and stop tokens. Leave out the names.")
     return ByteTokenizer()
-
-
-def identity(tokenizer: Tokenizer) -> str:
-    """The same for tokenizers that make the same tokens: the name, or what its file's text hashes to."""
-    text = getattr(tokenizer, "text", None)
-    return tokenizer.name if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_fits(tokenizer: Tokenizer, model: CausalModel) -> None:

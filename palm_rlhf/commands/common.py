@@ -80,31 +80,27 @@ def load_model(
     """
     file = weights_file(path)
     model = load_palm(file, device=device(on))
-    found, end = tokenizer_of(file, tokenizer, pad=pad, stop=stop)
+    kept = metadata(file)
+    if tokenizer is not None:
+        found = load_tokenizer(tokenizer, pad=pad, stop=stop)
+        end = found.stop
+    elif "tokenizer" in kept:
+        found = kept_tokenizer(kept, file)
+        end = kept.get("stop", found.stop)
+    else:
+        raise CheckpointError(
+            f"{file} does not say what its tokens are. Give --tokenizer: bytes or a tokenizer.json."
+        )
     check_fits(found, model)
     return Loaded(model, found, end)
 
 
-def tokenizer_of(
-    file: Path, given: str | None = None, *, pad: str | None = None, stop: str | None = None
-) -> tuple[Tokenizer, int]:
-    """The tokenizer that is given, or that a model's file names, and the token that ends a text.
-
-    Raises:
-        ValueError: it cannot be read, or neither names one.
-    """
-    if given is not None:
-        found = load_tokenizer(given, pad=pad, stop=stop)
-        return found, found.stop
-    kept = metadata(file)
-    if "tokenizer" not in kept:
-        raise CheckpointError(
-            f"{file} does not say what its tokens are. Give --tokenizer: bytes or a tokenizer.json."
-        )
+def kept_tokenizer(kept: dict[str, Any], file: Path) -> Tokenizer:
+    """The tokenizer that metadata name, beside the file that they are of."""
     name = kept["tokenizer"]
-    own = {} if name == "bytes" else {"pad": kept["pad"], "stop": kept["end"]}
-    found = load_tokenizer("bytes" if name == "bytes" else file.with_name(name), **own)
-    return found, kept.get("stop", found.stop)
+    if name == "bytes":
+        return load_tokenizer(name)
+    return load_tokenizer(file.parent / name, pad=kept.get("pad"), stop=kept.get("end"))
 
 
 def metadata(file: Path) -> dict[str, Any]:

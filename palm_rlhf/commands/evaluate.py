@@ -18,11 +18,11 @@ from palm_rlhf.commands.stages import Prompts, Scores
 from palm_rlhf.commands.steps import load_any, models_of_run
 from palm_rlhf.evaluate_plots import plot_frontier, plot_win_rate
 from palm_rlhf.pipeline.chat import load_template
+from palm_rlhf.pipeline.files import identity
 from palm_rlhf.pipeline.sampling import ModelSampler, SamplingOptions, select
 from palm_rlhf.pipeline.scoring import Scorer, finite
 from palm_rlhf.tasks.pairs import read_pairs
 from palm_rlhf.tasks.text import read_lines, read_text
-from palm_rlhf.tokens import identity
 from palm_rlhf.trainers.log import progress_bar
 from rlhf_kernels.runtime.files import write_aside
 

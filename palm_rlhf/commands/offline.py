@@ -14,9 +14,8 @@ from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS, PairAlgorithm
 from palm_rlhf.commands.common import ACTOR, Loaded, load_model, merged, save_model
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.models.value import Policy
-from palm_rlhf.pipeline.files import stage_config
+from palm_rlhf.pipeline.files import identity, stage_config
 from palm_rlhf.tasks.pairs import Pair, read_pairs, split_examples
-from palm_rlhf.tokens import identity
 from palm_rlhf.trainers.offline import OfflineConfig, OfflineTrainer
 
 __all__ = ["PAIR_ALGORITHMS", "PairAlgorithm", "TrainPairs", "run"]

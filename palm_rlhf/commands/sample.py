@@ -12,9 +12,16 @@ import tyro
 from palm_rlhf.commands.common import load_model
 from palm_rlhf.commands.stages import Prompts, concluded
 from palm_rlhf.pipeline.chat import load_template
-from palm_rlhf.pipeline.files import StageFile, digest, shard, version
-from palm_rlhf.pipeline.sampling import ModelSampler, SamplingOptions, VLLMSampler, sample_rows, select
-from palm_rlhf.tokens import identity
+from palm_rlhf.pipeline.files import StageFile, digest, identity, shard, version
+from palm_rlhf.pipeline.sampling import (
+    ModelSampler,
+    Sampler,
+    SamplingOptions,
+    VLLMSampler,
+    sample_rows,
+    select,
+)
+from palm_rlhf.tokens import Tokenizer, load_tokenizer
 
 
 @dataclass
@@ -70,18 +77,13 @@ def run(args: Sample, line: str) -> int:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     piece = shard(args.shard)
     dialogues = args.prompts.dialogues()
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
-    tokenizer, stop = loaded.tokenizer, loaded.stop
+    sampler, tokenizer, stop, allowed = _sampler(args)
     template = load_template(args.template, tokenizer)
     prompts, left_out = select(
         dialogues, template, tokenizer, shard=piece, limit=args.limit, longest=args.max_prompt_tokens
     )
-    _check_length(prompts, args.sampling.max_new_tokens, loaded.model.max_length)
+    _check_length(prompts, args.sampling.max_new_tokens, allowed)
     file = StageFile(args.out, _config(args, template.name, identity(tokenizer)))
-    if args.sampler == "vllm":
-        sampler = VLLMSampler(str(args.model), stop=stop)
-    else:
-        sampler = ModelSampler(loaded.model.eval(), stop=stop, pad=tokenizer.pad)
 
     def make(part: list[Any]) -> list[dict[str, Any]]:
         return sample_rows(
@@ -107,6 +109,16 @@ def run(args: Sample, line: str) -> int:
             "--reward-model RUN",
         ],
     )
+
+
+def _sampler(args: Sample) -> tuple[Sampler, Tokenizer, int, int | None]:
+    """Who samples, the tokenizer, the token that ends a response, and the longest sequence."""
+    if args.sampler == "vllm":
+        tokenizer = load_tokenizer(args.tokenizer or args.model / "tokenizer.json")
+        return VLLMSampler(str(args.model), stop=tokenizer.stop), tokenizer, tokenizer.stop, None
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    sampler = ModelSampler(loaded.model.eval(), stop=loaded.stop, pad=loaded.tokenizer.pad)
+    return sampler, loaded.tokenizer, loaded.stop, loaded.model.max_length
 
 
 def _config(args: Sample, template: str, tokens: str) -> dict[str, Any]:

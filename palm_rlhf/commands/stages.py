@@ -8,11 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from palm_rlhf.commands.common import FACTORS, device, load_function, make_task, tokenizer_of, weights_file
+from palm_rlhf.commands.common import (
+    FACTORS,
+    device,
+    kept_tokenizer,
+    load_function,
+    make_task,
+    metadata,
+    weights_file,
+)
 from palm_rlhf.pipeline.files import digest, version
 from palm_rlhf.pipeline.sampling import read_prompts
 from palm_rlhf.pipeline.scoring import ClassifierScorer, RewardModelScorer, RuleScorer, Scorer
 from palm_rlhf.rewards import ModelReward, ProgrammaticReward, load_reward_model
+
+# Before the name of a model on the hub.
+HUB = "hf:"
 
 
 @dataclass
@@ -50,7 +61,7 @@ class Scores:
     reward: str | None = None
     """FILE.py:function, called with the texts of a prompt and a response; returns a number."""
     reward_model: str | None = None
-    """Run of palm-rlhf reward, or folder or hub name of a sequence-classification model of Hugging Face."""
+    """Run of palm-rlhf reward, or a sequence-classification model of transformers: its folder, or hf:NAME."""
     rule: Literal["calculator"] | None = None
     """1 for the right answer of this task, else 0."""
     label: str | None = None
@@ -81,7 +92,7 @@ class Scores:
         """
         if sum(x is not None for x in (self.reward, self.reward_model, self.rule)) != 1:
             raise ValueError(
-                "give one thing that scores: --reward FILE.py:function, --reward-model RUN or NAME, or "
+                "give one thing that scores: --reward FILE.py:function, --reward-model RUN, or "
                 "--rule calculator"
             )
         if self.rule is not None:
@@ -90,25 +101,31 @@ class Scores:
             return RuleScorer(ProgrammaticReward(Calculator.reward, on="tokens"))
         if self.reward is not None:
             return RuleScorer(ProgrammaticReward(load_function(self.reward), on="tokens"))
-        if is_transformers(self.reward_model):
+        foreign = transformers_name(self.reward_model)
+        if foreign is not None:
             return ClassifierScorer(
-                self.reward_model, label=self.label, device=device(on), max_tokens=self.max_text_tokens
+                foreign, label=self.label, device=device(on), max_tokens=self.max_text_tokens
             )
         file = weights_file(Path(self.reward_model))
         model = load_reward_model(file, device=device(on)).requires_grad_(False)
-        tokenizer, stop = tokenizer_of(file)
-        return RewardModelScorer(ModelReward(model), tokenizer, stop, sampled_with)
+        kept = metadata(file)
+        if "tokenizer" not in kept:
+            raise ValueError(f"{file} does not say what its tokens are: it is not of palm-rlhf reward")
+        tokenizer = kept_tokenizer(kept, file)
+        return RewardModelScorer(
+            ModelReward(model), tokenizer, kept.get("stop", tokenizer.stop), sampled_with
+        )
 
 
-def is_transformers(name: str) -> bool:
-    """Whether a model is one of Hugging Face: a folder with their configuration, or no path that is there."""
-    path = Path(name)
-    if path.is_dir():
-        try:
-            return "model_type" in json.loads((path / "config.json").read_bytes())
-        except (OSError, ValueError):
-            return False
-    return not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "runs/"))
+def transformers_name(name: str) -> str | None:
+    """What transformers calls a model: hf:NAME without hf:, or a folder with its configuration; else None."""
+    if name.startswith(HUB):
+        return name.removeprefix(HUB)
+    try:
+        config = json.loads((Path(name) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return name if isinstance(config, dict) and "model_type" in config else None
 
 
 def concluded(summary: Mapping[str, Any], as_json: bool, lines: list[str]) -> int:

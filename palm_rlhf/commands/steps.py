@@ -26,7 +26,7 @@ def models_of_run(folder: Path) -> list[Path]:
     if not steps:
         raise CheckpointError(f"{folder} has no checkpoints: there is nothing to compare {start} with")
     # The last checkpoint of a finished run is its result.
-    finished = (folder / WEIGHTS).is_file()
+    finished = (folder / WEIGHTS).is_file() or (folder / "model").is_dir()
     return [start, *(steps[:-1] if finished else steps), *([folder] if finished else [])]
 
 

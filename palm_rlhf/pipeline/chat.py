@@ -22,6 +22,8 @@ class Template(Protocol):
 
     # As --template and a stage's config name it.
     name: str
+    # Whether its text has the token that begins all texts, where the tokenizer knows one.
+    begins: bool
 
     def __call__(self, messages: Sequence[Message]) -> str:
         """The text up to where the response begins. ValueError for messages that it cannot show."""
@@ -31,7 +33,7 @@ class Template(Protocol):
 class Bare:
     """A prompt as it is. There is no way to show more than one message."""
 
-    name = "none"
+    name, begins = "none", False
 
     def __call__(self, messages: Sequence[Message]) -> str:
         """The text of the one message."""
@@ -45,7 +47,7 @@ class Bare:
 class Plain:
     """Speakers by their names, as in hh-rlhf: `\\n\\nHuman: ...\\n\\nAssistant:`."""
 
-    name = "plain"
+    name, begins = "plain", False
 
     def __call__(self, messages: Sequence[Message]) -> str:
         """The messages, and the name of who speaks next."""
@@ -55,6 +57,8 @@ class Plain:
 
 class Jinja:
     """A template in the language of Hugging Face's tokenizers, in a sandbox."""
+
+    begins = True
 
     def __init__(self, source: str, name: str, tokens: Mapping[str, str] | None = None) -> None:
         """
@@ -111,12 +115,20 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
         return Bare()
     if name == "plain":
         return Plain()
-    folder = Path(tokenizer.name).parent if hasattr(tokenizer, "text") else None
+    folder = _folder(tokenizer)
     tokens = special_tokens(folder) if folder is not None else {}
     if name != "auto":
         return Jinja(read_text(name), name, tokens)
     own = _own(folder) if folder is not None else None
     return Bare() if own is None else Jinja(*own, tokens)
+
+
+def _folder(tokenizer: Tokenizer) -> Path | None:
+    """Where its tokenizer.json is; its name is the file's or the folder's."""
+    if not hasattr(tokenizer, "text"):
+        return None
+    path = Path(tokenizer.name)
+    return path if path.is_dir() else path.parent
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from palm_rlhf.tasks.pairs import json_rows
+from palm_rlhf.tokens import Tokenizer
 from palm_rlhf.trainers.log import progress_bar
 from rlhf_kernels.runtime.files import write_aside
 
@@ -172,13 +173,20 @@ def digest(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+def identity(tokenizer: Tokenizer) -> str:
+    """The same for tokenizers that make the same tokens: the name, or what all that makes them hashes to."""
+    text = getattr(tokenizer, "text", None)
+    return tokenizer.name if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def version(path: str | Path) -> str:
     """Stands for a checkpoint without reading it: the sizes and times of its weights' files."""
     path = Path(path)
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")) if path.is_dir() else [path]
-    parts = [
-        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.exists()
-    ]
+    files = [path]
+    if path.is_dir():  # in a run those of a model of transformers are one folder down
+        files = sorted([*path.glob("*.safetensors"), *path.glob("model/*.safetensors")])
+    stats = [(file.name, file.stat()) for file in files if file.exists()]
+    parts = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -179,9 +179,10 @@ def select(
     number, count = shard
     first, end = (number - 1) * len(dialogues) // count, number * len(dialogues) // count
     found = []
+    start = [] if template.begins else list(getattr(tokenizer, "start", ()))
     for index, messages in list(enumerate(dialogues))[first:end][:limit]:
         text = template(messages)
-        found.append(Prompt(index, messages, text, tokenizer.encode(text)))
+        found.append(Prompt(index, messages, text, [*start, *tokenizer.encode(text)]))
     if empty := [prompt.id for prompt in found if not prompt.tokens]:
         raise ValueError(f"prompt {empty[0]} has no tokens")
     kept = [prompt for prompt in found if longest is None or len(prompt.tokens) <= longest]

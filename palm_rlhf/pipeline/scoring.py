@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.generation import Generation, side_by_side
+from palm_rlhf.pipeline.files import identity
 from palm_rlhf.rewards import ModelReward, ProgrammaticReward, RewardError
-from palm_rlhf.tokens import Tokenizer, identity
+from palm_rlhf.tokens import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ def test_samplers_share_a_protocol_and_vllm_is_asked_for_by_name(model, tmp_path
     try:
         import vllm  # noqa: F401
     except ImportError:
-        words = ["--model", model / "model.safetensors", "--prompts-file", model / "prompts.txt"]
+        words = ["--model", "nowhere", "--tokenizer", "bytes", "--prompts-file", model / "prompts.txt"]
         said = refused(capsys, "sample", *words, "--sampler", "vllm", "--out", tmp_path / "a.jsonl")
         assert said.startswith("vllm is not installed")
 

@@ -38,7 +38,8 @@ def test_the_chain_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "book.txt").write_text("\n".join(lines))
     found = commands(tmp_path)
     assert [words[0] for words in found] == [
-        "sft", *["sample", "score", "pairs", "train"] * 2, "evaluate", "evaluate", "evaluate", "reward", "evaluate",
+        "sft", *["sample", "score", "pairs", "train"] * 2,
+        "evaluate", "evaluate", "evaluate", "reward", "evaluate",
     ]  # fmt: skip
     # Perplexity of a few lines of the book says as much here as that of all.
     monkeypatch.chdir(tmp_path)
