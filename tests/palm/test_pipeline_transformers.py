@@ -1,13 +1,16 @@
 """The pipeline with models and tokenizers of Hugging Face."""
 
+import json
+
 import pytest
 import torch
 
 from palm_rlhf.pipeline import ClassifierScorer, load_template
 from palm_rlhf.pipeline.scoring import Answer
 from palm_rlhf.tokens import load_tokenizer
+from palm_rlhf.trainers.log import read_metrics
 from rlhf_kernels import stacks
-from tests.palm.command_line import refused, tokenizer_file
+from tests.palm.command_line import called, refused, tokenizer_file
 
 stacks.activate()
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (make peers)")
@@ -119,3 +122,72 @@ def test_what_is_no_classifier_is_said(tmp_path, capsys):
     assert refused(capsys, "score", "--samples", tmp_path / "s.jsonl", "--out", "x.jsonl").startswith(
         "the text"
     )
+
+
+def causal(folder):
+    """A tiny Llama that writes text, with its tokenizer and a chat template, in a folder."""
+    folder.mkdir()
+    tokenizer = saved_tokenizer(folder, LLAMA)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128, bos_token_id=0,
+        eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_the_chain_on_a_llama(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("palm_rlhf.models.hf", reason="models of transformers are no policies yet")
+    monkeypatch.chdir(tmp_path)
+    llama = causal(tmp_path / "llama")
+    (tmp_path / "judge").mkdir()
+    classifier(tmp_path / "judge", template=LLAMA)
+    prompts = [{"messages": [{"role": "user", "content": f"wheel barrow {i}"}]} for i in range(9)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    sampling = ["--prompts-file", "p.jsonl", "--max-new-tokens", 6, "--quiet"]
+    assert called("sample", "--model", llama, *sampling, "--samples", 4, "--out", "s.jsonl") == 0
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    theirs = transformers.AutoTokenizer.from_pretrained(llama)
+    expected = theirs.apply_chat_template(
+        prompts[0]["messages"], add_generation_prompt=True, return_dict=False
+    )
+    assert rows[0]["prompt_tokens"] == expected
+    scored = ["score", "--samples", "s.jsonl", "--reward-model", tmp_path / "judge", "--out", "r.jsonl"]
+    assert called(*scored, "--quiet") == 0
+    assert called("pairs", "--scored", "r.jsonl", "--out", "pairs.jsonl", "--test", 2) == 0
+    train = ["train", "rebel", "--model", llama, "--pairs", "pairs.jsonl", "--test-pairs", "pairs.test.jsonl"]
+    train += [
+        "--temperature",
+        0.8,
+        "--batch",
+        4,
+        "--lr",
+        0.05,
+        "--epochs",
+        3,
+        "--no-lora",
+        "--out",
+        "rebel",
+        "--quiet",
+    ]
+    assert called(*train) == 0
+    learned = read_metrics(tmp_path / "rebel" / "metrics.jsonl")
+    assert abs(learned[0]["margin"]) < 1e-5 < abs(learned[-1]["margin"])
+    line = json.loads((tmp_path / "pairs.jsonl").read_text().splitlines()[0])
+    with torch.no_grad():
+        ids = torch.tensor([line["prompt_tokens"] + line["chosen_tokens"]])
+        logits = transformers.AutoModelForCausalLM.from_pretrained(llama)(ids).logits / 0.8
+        begin = len(line["prompt_tokens"])
+        logprob = logits.log_softmax(-1)[0, begin - 1 : -1].gather(1, ids[0, begin:, None]).sum()
+    assert abs(logprob.item() - line["chosen_logprob"]) < 1e-4
+    capsys.readouterr()
+    words = ["evaluate", "--model", llama, "rebel", *sampling, "--reward-model", tmp_path / "judge", "--json"]
+    assert called(*words) == 0
+    first, second = json.loads(capsys.readouterr().out)["models"]
+    assert abs(first["kl"]["value"]) < 1e-4 < abs(second["kl"]["value"])
+    assert second["win_rate"]["n"] == 9
