@@ -12,7 +12,7 @@ import tyro
 from palm_rlhf.commands.common import load_model
 from palm_rlhf.commands.stages import Prompts, concluded
 from palm_rlhf.pipeline.chat import load_template
-from palm_rlhf.pipeline.files import StageFile, digest, identity, shard, version
+from palm_rlhf.pipeline.files import StageFile, identity, shard, version
 from palm_rlhf.pipeline.sampling import (
     ModelSampler,
     Sampler,
@@ -123,16 +123,13 @@ def _sampler(args: Sample) -> tuple[Sampler, Tokenizer, int, int | None]:
 
 def _config(args: Sample, template: str, tokens: str) -> dict[str, Any]:
     """What the rows depend on."""
-    source = {name: value for name, value in asdict(args.prompts).items() if value is not None}
-    if args.prompts.prompts_file is not None:
-        source["prompts_version"] = digest(args.prompts.prompts_file)
     return {
         "stage": "sample",
         "model": str(args.model),
         "model_version": version(args.model),
         "tokenizer": tokens,
         "template": template,
-        "prompts": source,
+        **args.prompts.identity(),
         "sampling": asdict(args.sampling),
         "samples": args.samples,
         "seed": args.seed,

@@ -41,6 +41,13 @@ class Prompts:
     held_out: bool = False
     """The task's held-out prompts, not those that it trains on."""
 
+    def identity(self) -> dict[str, Any]:
+        """What the prompts depend on, for a stage's config."""
+        if self.prompts_file is not None:
+            return {"prompts": digest(self.prompts_file)}
+        problems = self.factors if self.gsm8k is None else digest(self.gsm8k)
+        return {"prompts": [self.task or "gsm8k", problems, "held out" if self.held_out else "train"]}
+
     def dialogues(self) -> list[list[dict[str, str]]]:
         """All prompts as dialogues; ValueError where none or two sources are given."""
         task = make_task(self.task, self.gsm8k, self.factors)

@@ -81,8 +81,13 @@ def test_a_template_renders_as_in_transformers(tmp_path, template):
         assert ours(dialogue) == expected
 
 
-def test_a_classifiers_scores_are_its_logits_whatever_is_beside_them(tmp_path):
+@pytest.mark.parametrize("pads", [True, False], ids=["pad", "no-pad"])
+def test_a_classifiers_scores_are_its_logits_whatever_is_beside_them(tmp_path, pads):
     model, tokenizer = classifier(tmp_path)
+    if not pads:
+        tokenizer.pad_token = model.config.pad_token_id = None
+        tokenizer.save_pretrained(tmp_path)
+        model.config.save_pretrained(tmp_path)
     found = ClassifierScorer(tmp_path, batch=2)(ANSWERS)
     for answer, score in zip(ANSWERS, found, strict=True):
         ids = tokenizer(answer.prompt + answer.response, return_tensors="pt")
