@@ -66,6 +66,11 @@ class Generation:
             self, **{name: value[index] for name, value in found.items() if isinstance(value, Tensor)}
         )
 
+    def to(self, device: str | torch.device) -> Generation:
+        """The same on another device."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in found.items() if isinstance(x, Tensor)})
+
 
 def joined(parts: Sequence[Generation], pad: int = 0) -> Generation:
     """One Generation of several: prompts padded to the longest on the left, responses on the right."""
