@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from palm_rlhf.generation import side_by_side
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import Policy
 from palm_rlhf.pipeline.sampling import Prompt, Sampler, SamplingOptions, sample_rows
@@ -151,13 +152,11 @@ class Drawn(NamedTuple):
     Attributes:
         answers: P * samples of them.
         samples: to each prompt.
-        logprobs: of each under its model, at the sampling temperature.
         stopped: whether each came to a stop.
     """
 
     answers: list[Answer]
     samples: int
-    logprobs: list[float | None]
     stopped: list[bool]
 
     def by_prompt(self, values: Sequence[float]) -> list[float]:
@@ -185,27 +184,32 @@ def draw(
         rows += sample_rows(part, sampler, tokenizer, options, samples=samples, seed=seed, stop=stop)
         if advance is not None:
             advance({}, len(part))
-    logprobs = [value for row in rows for value in row["logprobs"]]
-    return Drawn(answers_of(rows), samples, logprobs, [value for row in rows for value in row["stopped"]])
+    return Drawn(answers_of(rows), samples, [value for row in rows for value in row["stopped"]])
 
 
-@torch.no_grad()
 def kl_divergence(
-    drawn: Drawn, reference: CausalModel, *, pad: int, temperature: float = 1.0, batch: int = 16
+    drawn: Drawn,
+    model: CausalModel,
+    reference: CausalModel,
+    *,
+    pad: int,
+    temperature: float = 1.0,
+    batch: int = 16,
 ) -> Interval:
-    """KL(model || reference) in nats of a whole response: the mean of log pi / pi_ref over what was drawn.
+    """KL(model || reference) in nats of a whole response, from responses that the model drew.
 
-    Unbiased where nothing was truncated and `temperature` is the sampler's (k1 in Schulman, 2020,
-    http://joschu.net/blog/kl-approx.html); it can be below 0 by chance.
+    Over each token's whole vocabulary, summed along a response: the mean log-ratio of what was drawn has the
+    same expectation and a far wider interval. Unbiased where nothing was truncated and `temperature` is the
+    sampler's; never below 0.
     """
-    policy, found = Policy(reference), []
+    mine, theirs, found = Policy(model), Policy(reference), list[float]()
     for start in range(0, len(drawn.answers), batch):
         part = drawn.answers[start : start + batch]
-        theirs = policy.response_logprob(
-            [answer.prompt_tokens for answer in part], [answer.tokens for answer in part], pad, temperature
+        tokens, mask, width = side_by_side(
+            [answer.prompt_tokens for answer in part], [answer.tokens for answer in part], pad
         )
-        mine = drawn.logprobs[start : start + batch]
-        found += [own - other for own, other in zip(mine, theirs.double().tolist())]
+        tokens, mask = tokens.to(model.device), mask.to(model.device)
+        found += mine.divergence(theirs, tokens, mask, width, temperature).double().sum(1).tolist()
     return mean_interval(drawn.by_prompt(found))
 
 

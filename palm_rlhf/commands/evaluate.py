@@ -186,8 +186,9 @@ class _Comparison:
         }
         if identity(tokenizer) == identity(self._first.tokenizer) and o.temperature > 0:
             kl = evaluate.kl_divergence(
-                drawn, self._first.model, pad=tokenizer.pad, temperature=o.temperature, batch=args.batch
-            )
+                drawn, loaded.model, self._first.model, pad=tokenizer.pad, temperature=o.temperature,
+                batch=args.batch,
+            )  # fmt: skip
             found["kl"] = kl._asdict()
         return found | self._judged(drawn)
 

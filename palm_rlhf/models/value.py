@@ -122,6 +122,25 @@ class Policy(nn.Module):
         logprob, ids = (torch.cat(parts).view(*hidden.shape[:2], count) for parts in zip(*found))
         return ids, logprob
 
+    @torch.no_grad()
+    def divergence(
+        self,
+        reference: Policy,
+        tokens: Tensor,
+        mask: Tensor | None,
+        prompt_width: int,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """[B, R]: KL(this || reference) of the next token, over the whole vocabulary; 0 where masked."""
+        both = (self, reference)
+        hidden = [policy._hidden(tokens, mask, prompt_width) for policy in both]
+        found = []
+        for block in zip(*(part.flatten(0, 1).split(self._block) for part in hidden)):
+            mine, theirs = (p._logits(h, temperature).log_softmax(-1) for p, h in zip(both, block))
+            found.append((mine.exp() * (mine - theirs)).sum(-1))
+        total = torch.cat(found).view(hidden[0].shape[:2])
+        return total if mask is None else torch.where(mask[:, prompt_width:], total, 0.0)
+
     def _picked(self, hidden: Tensor, ids: Tensor, temperature: float) -> Tensor:
         """Log-probabilities [N, K] of the tokens `ids`."""
         return self._logits(hidden, temperature).log_softmax(-1).gather(1, ids)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from palm_rlhf.evaluate import (
-    Drawn,
     distinct,
     draw,
     judged_win_rate,
@@ -20,7 +19,7 @@ from palm_rlhf.evaluate import (
 )
 from palm_rlhf.models.checkpoint import save_palm
 from palm_rlhf.pipeline import ModelSampler, SamplingOptions, load_template, select
-from palm_rlhf.pipeline.scoring import Answer, RuleScorer
+from palm_rlhf.pipeline.scoring import RuleScorer
 from palm_rlhf.rewards import ProgrammaticReward
 from palm_rlhf.tasks.pairs import Pair
 from palm_rlhf.tokens import ByteTokenizer
@@ -86,7 +85,7 @@ def some(palm, prompts=("ab", "longer", "c", "dd"), samples=6, seed=0):
     chosen, _ = select(
         [[{"role": "user", "content": p}] for p in prompts], load_template("none", BYTES), BYTES
     )
-    options = SamplingOptions(temperature=1.0, top_p=None, max_new_tokens=3)
+    options = SamplingOptions(temperature=1.0, top_p=None, max_new_tokens=12)
     return draw(
         chosen, ModelSampler(palm, stop=4), BYTES, options, samples=samples, seed=seed, stop=4, batch=3
     )
@@ -94,20 +93,19 @@ def some(palm, prompts=("ab", "longer", "c", "dd"), samples=6, seed=0):
 
 def test_divergence_is_that_of_the_distributions(make_palm):
     palm, other = make_palm(num_tokens=256), make_palm(seed=1, num_tokens=256)
-    assert abs(kl_divergence(some(palm), palm, pad=0).value) < 1e-5
-    chosen = some(palm, ["ab"] * 40, samples=5)
-    # Of the first token alone it can be computed over the whole vocabulary.
-    first = [Answer(a.messages, a.prompt, "", a.prompt_tokens, a.tokens[:1]) for a in chosen.answers]
-    ids = torch.tensor([BYTES.encode("ab")])
-    with torch.no_grad():
-        mine, theirs = (model(ids)[0, -1].log_softmax(-1).double() for model in (palm, other))
-    logprobs = [float(mine[answer.tokens[0]]) for answer in first]
-    found = kl_divergence(Drawn(first, 1, logprobs, chosen.stopped), other, pad=0)
-    exact = float((mine.exp() * (mine - theirs)).sum())
-    width = found.high - found.low
-    assert exact > 3 * width / 2  # so that 0 would be found wrong
-    assert abs(found.value - exact) < width
-    assert found.n == 200
+    drawn = some(palm)
+    assert kl_divergence(drawn, palm, palm, pad=0) == (0.0, 0.0, 0.0, 4)
+    expected = []
+    for answer in drawn.answers:  # one by one, without padding
+        ids = torch.tensor([[*answer.prompt_tokens, *answer.tokens]])
+        with torch.no_grad():
+            mine, theirs = ((model(ids)[0].double() / 0.7).log_softmax(-1) for model in (palm, other))
+        at = slice(len(answer.prompt_tokens) - 1, -1)
+        expected.append(float((mine.exp() * (mine - theirs))[at].sum()))
+    assert len({len(answer.tokens) for answer in drawn.answers}) > 1
+    found = kl_divergence(drawn, palm, other, pad=0, temperature=0.7, batch=7)
+    assert found == pytest.approx(mean_interval(drawn.by_prompt(expected)), rel=1e-4)
+    assert found.low > 0
 
 
 def test_a_win_is_a_higher_score_and_prompts_are_counted():
