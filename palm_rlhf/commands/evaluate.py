@@ -13,16 +13,16 @@ from typing import Annotated, Any
 import tyro
 
 from palm_rlhf import evaluate
-from palm_rlhf.commands.common import Loaded, load_function
+from palm_rlhf.commands.common import HFOptions, Loaded, load_function
 from palm_rlhf.commands.stages import Prompts, Scores
 from palm_rlhf.commands.steps import load_any, models_of_run
 from palm_rlhf.evaluate_plots import plot_frontier, plot_win_rate
-from palm_rlhf.pipeline.chat import load_template
-from palm_rlhf.pipeline.files import identity
+from palm_rlhf.pipeline.chat import load_template, talking
 from palm_rlhf.pipeline.sampling import ModelSampler, SamplingOptions, select
 from palm_rlhf.pipeline.scoring import Scorer, finite
 from palm_rlhf.tasks.pairs import read_pairs
 from palm_rlhf.tasks.text import read_lines, read_text
+from palm_rlhf.tokens import identity
 from palm_rlhf.trainers.log import progress_bar
 from rlhf_kernels.runtime.files import write_aside
 
@@ -50,7 +50,8 @@ class Evaluate:
     """
 
     model: tuple[Path, ...] = ()
-    """Runs, checkpoints of runs, files. Win rate and KL divergence are against the first."""
+    """Runs, checkpoints of runs, files, models of transformers (a folder, or hf:NAME). Win rate and KL
+    divergence are against the first."""
     run: Path | None = None
     """Instead of models a run of palm-rlhf train: its start, its checkpoints, its result."""
     text: Path | None = None
@@ -80,7 +81,8 @@ class Evaluate:
     out: Path | None = None
     """Folder for evaluation.json, the responses as JSON lines, frontier.png and win_rate.png."""
     tokenizer: str | None = None
-    """'bytes' or a tokenizer.json, for models that do not say what their tokens are."""
+    """'bytes', a tokenizer.json or hf:NAME, for models that do not say what their tokens are."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -101,7 +103,7 @@ def run(args: Evaluate, line: str) -> int:
         found["reward_model"] = {"pairs": str(args.pairs), "accuracy": accuracy._asdict()}
     comparison = _Comparison(args)
     for path, name in zip(paths, _names(paths)):
-        loaded = load_any(path, tokenizer=args.tokenizer, on=args.device)
+        loaded = _loaded(path, args)
         loaded.model.eval()
         entry = {"name": name, "model": str(path)} | _on_text(args, loaded)
         found["models"].append(entry | (comparison.add(loaded, name) if wants_prompts else {}))
@@ -141,6 +143,13 @@ def _names(paths: Sequence[Path]) -> list[str]:
     """The last parts of the paths, or all of them where these are not different."""
     short = [path.stem if path.is_file() else path.resolve().name for path in paths]
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
+
+
+def _loaded(path: Path, args: Evaluate) -> Loaded:
+    """A model as it is to answer: in a chat its stop token ends a turn."""
+    loaded = load_any(path, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
+    tokenizer = talking(loaded.tokenizer, args.template)
+    return loaded if tokenizer is loaded.tokenizer else Loaded(loaded.model, tokenizer, tokenizer.stop)
 
 
 def _on_text(args: Evaluate, loaded: Loaded) -> dict[str, Any]:

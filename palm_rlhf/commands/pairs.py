@@ -63,8 +63,7 @@ def run(args: Pairs, line: str) -> int:
         **asdict(args.choice),
         "test": args.test,
         "seed": args.seed,
-        "tokenizer": made["tokenizer"],
-        "sampling": made["sampling"],
+        **made,
     }
     for path, pairs in ((judged, test), (args.out, train)):
         if pairs or path == args.out:
@@ -84,6 +83,7 @@ def run(args: Pairs, line: str) -> int:
             f"next   palm-rlhf train rebel --pairs {args.out} "
             + (f"--test-pairs {judged} " if test else "")
             + (f"--temperature {heat:g} " if heat else "")
+            + ("--chat " if made["template"] == "own" else "")
             + "--model RUN --out FOLDER",
         ],
     )
@@ -95,8 +95,9 @@ def _read(args: Pairs) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     made: dict[str, Any] = {}
     for path in args.scored:
         more, config = read_stage(path, "score")
-        for name in ("tokenizer", "sampling"):
-            if made and made[name] != config[name]:
+        config = {name: config[name] for name in ("tokenizer", "sampling", "template")}
+        for name in made:
+            if made[name] != config[name]:
                 raise ValueError(
                     f"{path} was sampled with {name} {config[name]}, and {args.scored[0]} with {made[name]}. "
                     "Make pairs of them one by one."

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from palm_rlhf.commands.common import load_model
+from palm_rlhf.commands.common import HFOptions, hf_name, load_model
 from palm_rlhf.commands.stages import Prompts, concluded
-from palm_rlhf.pipeline.chat import load_template
-from palm_rlhf.pipeline.files import StageFile, identity, shard, version
+from palm_rlhf.pipeline.chat import load_template, talking
+from palm_rlhf.pipeline.files import StageFile, shard, version
 from palm_rlhf.pipeline.sampling import (
     ModelSampler,
     Sampler,
@@ -21,7 +21,7 @@ from palm_rlhf.pipeline.sampling import (
     sample_rows,
     select,
 )
-from palm_rlhf.tokens import Tokenizer, load_tokenizer
+from palm_rlhf.tokens import Tokenizer, identity, load_tokenizer
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Sample:
     """
 
     model: Path
-    """Run, file, or folder of a model of Hugging Face."""
+    """Run or file, or a model of transformers: its folder, or hf:NAME."""
     out: Path
     """File of JSON lines to write, a line for each prompt."""
     prompts: Annotated[Prompts, tyro.conf.arg(name="")] = field(default_factory=Prompts)
@@ -58,7 +58,8 @@ class Sample:
     sampler: Literal["palm", "vllm"] = "palm"
     """Who samples: palm_rlhf, or vLLM where it is installed (--model is then of Hugging Face)."""
     tokenizer: str | None = None
-    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
+    """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -114,11 +115,14 @@ def run(args: Sample, line: str) -> int:
 def _sampler(args: Sample) -> tuple[Sampler, Tokenizer, int, int | None]:
     """Who samples, the tokenizer, the token that ends a response, and the longest sequence."""
     if args.sampler == "vllm":
-        tokenizer = load_tokenizer(args.tokenizer or args.model / "tokenizer.json")
-        return VLLMSampler(str(args.model), stop=tokenizer.stop), tokenizer, tokenizer.stop, None
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
-    sampler = ModelSampler(loaded.model.eval(), stop=loaded.stop, pad=loaded.tokenizer.pad)
-    return sampler, loaded.tokenizer, loaded.stop, loaded.model.max_length
+        tokenizer = talking(load_tokenizer(args.tokenizer or str(args.model)), args.template)
+        name = hf_name(args.model) or str(args.model)
+        return VLLMSampler(name, stop=tokenizer.stop), tokenizer, tokenizer.stop, None
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
+    tokenizer = talking(loaded.tokenizer, args.template)
+    stop = loaded.stop if tokenizer is loaded.tokenizer else tokenizer.stop
+    sampler = ModelSampler(loaded.model.eval(), stop=stop, pad=tokenizer.pad)
+    return sampler, tokenizer, stop, loaded.model.max_length
 
 
 def _config(args: Sample, template: str, tokens: str) -> dict[str, Any]:
@@ -137,6 +141,7 @@ def _config(args: Sample, template: str, tokens: str) -> dict[str, Any]:
         "limit": args.limit,
         "max_prompt_tokens": args.max_prompt_tokens,
         "sampler": args.sampler,
+        **{name: getattr(args.hf, name) for name in ("system", "dtype", "patch")},
         "batch": args.batch,
     }
 

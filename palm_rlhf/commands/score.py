@@ -54,8 +54,7 @@ def run(args: Score, line: str) -> int:
         "samples_version": digest(args.samples),
         **args.scores.identity(),
         "batch": args.batch,
-        "tokenizer": made["tokenizer"],
-        "sampling": made["sampling"],
+        **{name: made[name] for name in ("tokenizer", "sampling", "template")},
     }
     file, began = StageFile(args.out, config), time.perf_counter()
     batches = [rows[i : i + args.batch] for i in range(0, len(rows), args.batch)]

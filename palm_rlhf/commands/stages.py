@@ -11,6 +11,7 @@ from typing import Any, Literal
 from palm_rlhf.commands.common import (
     FACTORS,
     device,
+    hf_name,
     kept_tokenizer,
     load_function,
     make_task,
@@ -21,9 +22,6 @@ from palm_rlhf.pipeline.files import digest, version
 from palm_rlhf.pipeline.sampling import read_prompts
 from palm_rlhf.pipeline.scoring import ClassifierScorer, RewardModelScorer, RuleScorer, Scorer
 from palm_rlhf.rewards import ModelReward, ProgrammaticReward, load_reward_model
-
-# Before the name of a model on the hub.
-HUB = "hf:"
 
 
 @dataclass
@@ -108,7 +106,7 @@ class Scores:
             return RuleScorer(ProgrammaticReward(Calculator.reward, on="tokens"))
         if self.reward is not None:
             return RuleScorer(ProgrammaticReward(load_function(self.reward), on="tokens"))
-        foreign = transformers_name(self.reward_model)
+        foreign = hf_name(Path(self.reward_model))
         if foreign is not None:
             return ClassifierScorer(
                 foreign, label=self.label, device=device(on), max_tokens=self.max_text_tokens
@@ -122,17 +120,6 @@ class Scores:
         return RewardModelScorer(
             ModelReward(model), tokenizer, kept.get("stop", tokenizer.stop), sampled_with
         )
-
-
-def transformers_name(name: str) -> str | None:
-    """What transformers calls a model: hf:NAME without hf:, or a folder with its configuration; else None."""
-    if name.startswith(HUB):
-        return name.removeprefix(HUB)
-    try:
-        config = json.loads((Path(name) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return name if isinstance(config, dict) and "model_type" in config else None
 
 
 def concluded(summary: Mapping[str, Any], as_json: bool, lines: list[str]) -> int:

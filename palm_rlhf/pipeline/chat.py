@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from palm_rlhf.tasks.text import read_text
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import HFTokenizer, Tokenizer
 
 Message = Mapping[str, str]
 # What the plain template calls the speakers: the dialogues of hh-rlhf are written so.
@@ -96,6 +96,34 @@ class Jinja:
             raise ValueError(f"the chat template {self.name} cannot show these messages: {error}") from error
 
 
+class Own:
+    """The chat template of a tokenizer of transformers, with the message of the system that it was given."""
+
+    name, begins = "own", True
+
+    def __init__(self, tokenizer: HFTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, messages: Sequence[Message]) -> str:
+        """The rendered text, with what invites a response."""
+        t = self._tokenizer
+        first = [] if t.system is None else [{"role": "system", "content": t.system}]
+        try:
+            return t.tokenizer.apply_chat_template(
+                [*first, *messages], add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # whatever a template raises
+            raise ValueError(f"the chat template of {t.name} refuses a prompt: {error}") from error
+
+
+def talking(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The tokenizer of a chat, whose stop token ends a turn, where `auto` means its own template."""
+    own = isinstance(tokenizer, HFTokenizer) and bool(tokenizer.tokenizer.chat_template)
+    if template != "auto" or not own or tokenizer.chat:
+        return tokenizer
+    return HFTokenizer(tokenizer.tokenizer, pad=tokenizer.token(tokenizer.pad), chat=True)
+
+
 def _refuse(reason: str) -> None:
     from jinja2 import TemplateError
 
@@ -105,8 +133,8 @@ def _refuse(reason: str) -> None:
 def load_template(name: str, tokenizer: Tokenizer) -> Template:
     """`auto`, `none`, `plain`, or a file with a template.
 
-    `auto` is the tokenizer's own: what stands beside its tokenizer.json as chat_template.jinja, or in
-    tokenizer_config.json; a prompt as it is where there is none.
+    `auto` is the tokenizer's own: that of transformers, or what stands beside a tokenizer.json as
+    chat_template.jinja or in tokenizer_config.json; a prompt as it is where there is none.
 
     Raises:
         ValueError: there is no such file, or it holds no template.
@@ -115,20 +143,16 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
         return Bare()
     if name == "plain":
         return Plain()
-    folder = _folder(tokenizer)
+    if isinstance(tokenizer, HFTokenizer):
+        if name != "auto":
+            return Jinja(read_text(name), name, tokenizer.tokenizer.special_tokens_map)
+        return Own(tokenizer) if tokenizer.tokenizer.chat_template else Bare()
+    folder = Path(tokenizer.name).parent if hasattr(tokenizer, "text") else None
     tokens = special_tokens(folder) if folder is not None else {}
     if name != "auto":
         return Jinja(read_text(name), name, tokens)
     own = _own(folder) if folder is not None else None
     return Bare() if own is None else Jinja(*own, tokens)
-
-
-def _folder(tokenizer: Tokenizer) -> Path | None:
-    """Where its tokenizer.json is; its name is the file's or the folder's."""
-    if not hasattr(tokenizer, "text"):
-        return None
-    path = Path(tokenizer.name)
-    return path if path.is_dir() else path.parent
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

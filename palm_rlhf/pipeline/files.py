@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from palm_rlhf.tasks.pairs import json_rows
-from palm_rlhf.tokens import Tokenizer
 from palm_rlhf.trainers.log import progress_bar
 from rlhf_kernels.runtime.files import write_aside
 
@@ -171,12 +170,6 @@ def read_stage(path: str | Path, stage: str) -> tuple[list[dict[str, Any]], dict
 def digest(path: str | Path) -> str:
     """Stands for what is in a file."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def identity(tokenizer: Tokenizer) -> str:
-    """The same for tokenizers that make the same tokens: the name, or what all that makes them hashes to."""
-    text = getattr(tokenizer, "text", None)
-    return tokenizer.name if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def version(path: str | Path) -> str:

@@ -13,7 +13,7 @@ from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.pipeline.chat import Template
 from palm_rlhf.tasks.pairs import json_rows
 from palm_rlhf.tasks.text import read_lines
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import Tokenizer, first_ids
 
 EXPECTED = 'Each line is {"prompt": text} or {"messages": [{"role": "user", "content": text}, ...]}.'
 
@@ -179,7 +179,7 @@ def select(
     number, count = shard
     first, end = (number - 1) * len(dialogues) // count, number * len(dialogues) // count
     found = []
-    start = [] if template.begins else list(getattr(tokenizer, "start", ()))
+    start = [] if template.begins else first_ids(tokenizer)
     for index, messages in list(enumerate(dialogues))[first:end][:limit]:
         text = template(messages)
         found.append(Prompt(index, messages, text, [*start, *tokenizer.encode(text)]))

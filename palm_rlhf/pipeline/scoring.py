@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.generation import Generation, side_by_side
-from palm_rlhf.pipeline.files import identity
+from palm_rlhf.models.hf import quiet
 from palm_rlhf.rewards import ModelReward, ProgrammaticReward, RewardError
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import Tokenizer, identity
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,9 @@ class ClassifierScorer:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(name), truncation_side="left")
-            self._model = AutoModelForSequenceClassification.from_pretrained(str(name))
+            with quiet():
+                self._tokenizer = AutoTokenizer.from_pretrained(str(name), truncation_side="left")
+                self._model = AutoModelForSequenceClassification.from_pretrained(str(name))
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{name} is no sequence-classification model: {reason:.200}") from error

@@ -15,7 +15,7 @@ from palm_rlhf.algorithms.offline_table import PairAlgorithm, Scores
 from palm_rlhf.algorithms.preferences import pair_accuracy
 from palm_rlhf.models.value import Policy, set_dropout
 from palm_rlhf.tasks.pairs import Pair
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
 from palm_rlhf.trainers.learner import train_only
 from palm_rlhf.trainers.passes import PassesConfig, PassesTrainer
 
@@ -174,12 +174,14 @@ class OfflineTrainer(PassesTrainer):
             if pair.tokens is not None:
                 prompt, *both = map(list, pair.tokens)
             else:
-                prompt, *both = map(tokenizer.encode, (pair.prompt, pair.chosen, pair.rejected))
+                prompt = prompt_ids(tokenizer, pair.prompt)
+                both = [tokenizer.encode(text) for text in (pair.chosen, pair.rejected)]
                 both = [[*response, *end] for response in both]
             if not prompt:
                 # A text follows the end of another; what both dialogues begin with is what they respond to.
                 same = _common(*both)
-                prompt, both = [self.stop, *both[0][:same]], [response[same:] for response in both]
+                start = first_ids(tokenizer) or [self.stop]
+                prompt, both = [*start, *both[0][:same]], [response[same:] for response in both]
             split.append((prompt, *both))
         found = []
         for i, (pair, (prompt, chosen, rejected)) in enumerate(zip(pairs, split)):

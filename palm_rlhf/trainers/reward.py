@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.preferences import bradley_terry_loss, expected_value, pair_accuracy
 from palm_rlhf.rewards.model import RewardModel
 from palm_rlhf.tasks.pairs import Labelled, Pair
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
 from palm_rlhf.trainers.learner import train_only
 from palm_rlhf.trainers.passes import PassesConfig, PassesTrainer
 
@@ -128,7 +128,7 @@ class RewardTrainer(PassesTrainer):
         return tokens.to(device), mask.to(device), prompts.to(device) if self._prompts else None
 
     def _row(self, example: Pair | Labelled, tokenizer: Tokenizer, end: list[int]) -> _Row:
-        prompt = tokenizer.encode(example.prompt)
+        prompt = prompt_ids(tokenizer, example.prompt) or first_ids(tokenizer)
         responses = (example.chosen, example.rejected) if isinstance(example, Pair) else (example.text,)
         texts = tuple(self._text(prompt, [*tokenizer.encode(response), *end]) for response in responses)
         if isinstance(example, Pair):

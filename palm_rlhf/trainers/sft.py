@@ -74,10 +74,11 @@ class SFTTrainer(Trainer):
         held_back: Samples | None,
         config: SFTConfig,
         scope: str | None = None,
+        last_layers: int | None = None,
     ) -> None:
         """
         Args:
-            model: learns; with a `scope`, its adapters of that name do.
+            model: learns; with a `scope`, its adapters of that name do; else `last_layers` may say how many.
             samples: what to imitate.
             held_back: what `validation_loss` is of; None or empty: it is not logged.
             config: sizes and rates.
@@ -92,7 +93,7 @@ class SFTTrainer(Trainer):
             raise ValueError(
                 f"samples of {longest} tokens exceed the model's {model.max_length}. Lower the length."
             )
-        self.model, self.policy, self.config = model, Policy(model, scope), config
+        self.model, self.policy, self.config = model, Policy(model, scope, last_layers), config
         self.samples, self.held_back = (
             samples,
             held_back if held_back is not None and len(held_back) else None,

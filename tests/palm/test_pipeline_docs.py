@@ -15,7 +15,7 @@ SMALLER = {
     "sample": ["--limit", "8", "--samples", "3", "--max-new-tokens", "6", "--quiet"],
     "score": ["--quiet"],
     "pairs": ["--test", "2"],
-    "train": ["--batch", "4", "--quiet"],
+    "train": ["--batch", "4", "--lr", "0.05", "--quiet"],
     "reward": ["--batch", "4", "--held-back", "0.4", "--quiet"],
     "evaluate": ["--limit", "3", "--max-new-tokens", "6", "--quiet"],
 }

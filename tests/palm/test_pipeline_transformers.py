@@ -147,7 +147,6 @@ def causal(folder):
 
 
 def test_the_chain_on_a_llama(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("palm_rlhf.models.hf", reason="models of transformers are no policies yet")
     monkeypatch.chdir(tmp_path)
     llama = causal(tmp_path / "llama")
     (tmp_path / "judge").mkdir()
@@ -165,6 +164,7 @@ def test_the_chain_on_a_llama(tmp_path, monkeypatch, capsys):
     scored = ["score", "--samples", "s.jsonl", "--reward-model", tmp_path / "judge", "--out", "r.jsonl"]
     assert called(*scored, "--quiet") == 0
     assert called("pairs", "--scored", "r.jsonl", "--out", "pairs.jsonl", "--test", 2) == 0
+    assert "--chat --model RUN" in capsys.readouterr().out
     train = ["train", "rebel", "--model", llama, "--pairs", "pairs.jsonl", "--test-pairs", "pairs.test.jsonl"]
     train += [
         "--temperature",
