@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from palm_rlhf.commands.stages import concluded
-from palm_rlhf.pipeline.files import check_suffix, config_path, digest, read_stage
+from palm_rlhf.pipeline.files import check_suffix, config_path, digest, read_stage, stage_config
 from palm_rlhf.pipeline.pairs import PairOptions, choose, split
 from rlhf_kernels.runtime.files import write_aside
 
@@ -44,6 +44,10 @@ def run(args: Pairs, line: str) -> int:
     if not args.scored:
         raise ValueError("--scored must be given: one or more files of palm-rlhf score")
     check_suffix(args.out)
+    if args.out.exists() and (stage_config(args.out) or {}).get("stage") != "pairs":
+        raise ValueError(
+            f"--out {args.out} is there, and palm-rlhf pairs did not write it. Choose another file."
+        )
     judged = args.out.with_name(f"{args.out.stem}.test{args.out.suffix}")
     rows, made = _read(args)
     chosen, dropped = choose(rows, args.choice)

@@ -287,6 +287,8 @@ def test_mistakes_cost_one_sentence(model, tmp_path, capsys, monkeypatch):
     assert "t.jsonl is not complete" in refused(capsys, "score", "--samples", "t.jsonl", "--out", "x.jsonl")
     (tmp_path / "zero.py").write_text("def zero(prompt, response):\n    return 0\n")
     assert called("score", "--samples", "s.jsonl", "--out", "z.jsonl", "--reward", "zero.py:zero") == 0
+    said = refused(capsys, "pairs", "--scored", "z.jsonl", "--out", "z.jsonl")
+    assert "palm-rlhf pairs did not write it" in said
     said = refused(capsys, "pairs", "--scored", "z.jsonl", "--out", "p.jsonl")
     assert said.startswith("no pair is left of 10 prompts: ")
     assert said.endswith("10 prompts (scores too close)")

@@ -191,8 +191,12 @@ def test_the_chain_on_a_llama(tmp_path, monkeypatch, capsys):
         logprob = logits.log_softmax(-1)[0, begin - 1 : -1].gather(1, ids[0, begin:, None]).sum()
     assert abs(logprob.item() - line["chosen_logprob"]) < 1e-4
     capsys.readouterr()
-    words = ["evaluate", "--model", llama, "rebel", *sampling, "--reward-model", tmp_path / "judge", "--json"]
+    words = ["evaluate", "--run", "rebel", *sampling, "--reward-model", tmp_path / "judge", "--json"]
     assert called(*words) == 0
     first, second = json.loads(capsys.readouterr().out)["models"]
-    assert abs(first["kl"]["value"]) < 1e-4 < abs(second["kl"]["value"])
+    assert [first["model"], second["model"]] == [str(llama), "rebel"]
+    assert abs(first["kl"]["value"]) < 1e-6 < 1e-4 < second["kl"]["value"]
+    last = sorted((tmp_path / "rebel" / "checkpoints").iterdir())[-1]
+    assert called("evaluate", "--model", "rebel", last, *sampling, "--json") == 0
+    assert abs(json.loads(capsys.readouterr().out)["models"][1]["kl"]["value"]) < 1e-6
     assert second["win_rate"]["n"] == 9
