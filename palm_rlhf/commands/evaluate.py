@@ -71,7 +71,7 @@ class Evaluate:
     """Responses to each prompt."""
     sampling: Annotated[Evaluated, tyro.conf.arg(name="")] = field(default_factory=Evaluated)
     template: str = "auto"
-    """How a prompt becomes text: as in palm-rlhf sample."""
+    """Makes texts of prompts: auto (the tokenizer's own if it has one), none, plain, or a Jinja file."""
     limit: int | None = None
     """Take so many prompts at most."""
     seed: int = 0

@@ -43,8 +43,7 @@ class Sample:
     """Responses to each prompt."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
     template: str = "auto"
-    """How a prompt becomes text: the tokenizer's own chat template if it has one, else as it is (auto); as it
-    is (none); 'Human: ... Assistant:' as in hh-rlhf (plain); or a file with a Jinja template."""
+    """Makes texts of prompts: auto (the tokenizer's own if it has one), none, plain, or a Jinja file."""
     max_prompt_tokens: int | None = 1024
     """Longer prompts are left out, and counted."""
     shard: str | None = None

@@ -118,8 +118,10 @@ def split(
         raise ValueError(f"--test is a share below 1 or a number of pairs, got {test}")
     if not test:
         return list(pairs), []
-    share = test if test < 1 else test / len(pairs)
-    if not share < 1:
-        raise ValueError(f"--test {test:g} of {len(pairs)} pairs leaves none to train on")
-    sides = split_groups([line["prompt"] for line in pairs], share, seed)
+    count = round(test) if test >= 1 else max(1, round(test * len(pairs)))
+    if count >= len(pairs):
+        raise ValueError(
+            f"--test {test:g} of {len(pairs)} pairs leaves none to train on. --test 0 splits off none."
+        )
+    sides = split_groups([line["prompt"] for line in pairs], count / len(pairs), seed)
     return tuple([pairs[index] for index in side] for side in sides)

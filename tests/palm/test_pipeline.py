@@ -188,6 +188,7 @@ def test_a_prompt_is_on_one_side_of_the_split():
     assert not {pair["prompt"] for pair in train} & {pair["prompt"] for pair in test}
     assert split(pairs, 0.2, seed=0) == (train, test)
     assert split(pairs, 0, seed=0) == (pairs, [])
+    assert [len(side) for side in split(pairs[::3][:4], 0.1, seed=0)] == [3, 1]
     with pytest.raises(ValueError, match="--test 30 of 30 pairs leaves none"):
         split(pairs, 30, seed=0)
 
