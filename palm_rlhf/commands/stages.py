@@ -82,7 +82,8 @@ class Scores:
         """What scores depend on, for a stage's config."""
         found: dict[str, Any] = {"reward": self.reward, "rule": self.rule, "reward_model": self.reward_model}
         if self.reward is not None:
-            found["reward_version"] = digest(self.reward.rpartition(":")[0])
+            files = [part for part in self.reward.split(":") if Path(part).is_file()]
+            found["reward_version"] = [digest(file) for file in files]
         if self.reward_model is not None:
             found |= {"reward_version": version(self.reward_model), "label": self.label}
             found["max_text_tokens"] = self.max_text_tokens
@@ -116,7 +117,8 @@ class Scores:
         kept = metadata(file)
         if "tokenizer" not in kept:
             raise ValueError(f"{file} does not say what its tokens are: it is not of palm-rlhf reward")
-        tokenizer = kept_tokenizer(kept, file)
+        chat = {"chat": kept.get("chat", False), "system": kept.get("system")}
+        tokenizer = kept_tokenizer(kept, file, **chat)
         return RewardModelScorer(
             ModelReward(model), tokenizer, kept.get("stop", tokenizer.stop), sampled_with
         )

@@ -176,6 +176,8 @@ def select(
     Raises:
         ValueError: none is left, or one has no tokens.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}")
     number, count = shard
     first, end = (number - 1) * len(dialogues) // count, number * len(dialogues) // count
     found = []

@@ -13,7 +13,7 @@ from torch import Tensor
 from palm_rlhf.generation import Generation, side_by_side
 from palm_rlhf.models.hf import quiet
 from palm_rlhf.rewards import ModelReward, ProgrammaticReward, RewardError
-from palm_rlhf.tokens import Tokenizer, identity
+from palm_rlhf.tokens import Tokenizer, first_ids, identity, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,27 @@ class RewardModelScorer:
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """Its rewards."""
-        texts = [self._tokens(answer) for answer in answers]
-        found = dict.fromkeys(range(len(texts)), 0.0)
+        found = dict.fromkeys(range(len(answers)), 0.0)
         # Without prompts a reward model is trained without the mark of what is prompt and what response.
         for bare in (False, True):
-            index = [i for i, (prompt, _) in enumerate(texts) if bool(prompt) is not bare]
+            index = [i for i, answer in enumerate(answers) if bool(answer.prompt) is not bare]
             if index:
-                prompts, responses = zip(*(texts[i] for i in index))
+                prompts, responses = zip(*(self._tokens(answers[i]) for i in index))
                 if bare:
-                    prompts, responses = responses, [()] * len(index)
+                    prompts = [[*before, *after] for before, after in zip(prompts, responses)]
+                    responses = [()] * len(index)
                 generation = as_generation(prompts, responses, self._tokenizer.pad)
                 found.update(zip(index, self._reward(generation, mark_prompt=not bare).tolist()))
         return list(found.values())
 
     def _tokens(self, answer: Answer) -> tuple[Sequence[int], Sequence[int]]:
-        if self._same:
+        if self._same and answer.tokens:
             return answer.prompt_tokens, answer.tokens
-        encode = self._tokenizer.encode
-        return encode(answer.prompt), [*encode(answer.response), *([self._stop] if answer.stopped else [])]
+        # As in its training, `trainers.reward`.
+        t = self._tokenizer
+        asked = list(answer.messages) if getattr(t, "chat", False) else answer.prompt
+        end = [self._stop] if answer.stopped else []
+        return prompt_ids(t, asked) or first_ids(t), [*t.encode(answer.response), *end]
 
 
 def as_generation(

@@ -213,7 +213,7 @@ def test_scores_of_a_reward_model_are_its_rewards(make_palm, tmp_path):
         alone = as_generation([answer.prompt_tokens], [answer.tokens], 0)
         assert abs(float(ModelReward(reward)(alone)) - score) < 1e-5
     # Sampled with other tokens: the texts count, with a stop token where the response had one.
-    text = Answer([], "ab", "cd", [7, 7, 7], [9], stopped=True)
+    text = Answer([{"role": "user", "content": "x"}], "ab", "cd", [7, 7, 7], [9], stopped=True)
     other = RewardModelScorer(ModelReward(reward), BYTES, 4, "another")
     expected = ModelReward(reward)(as_generation([list(b"ab")], [[*b"cd", 4]], 0))
     assert abs(other([text])[0] - float(expected)) < 1e-5
@@ -267,6 +267,7 @@ def test_mistakes_cost_one_sentence(model, tmp_path, capsys, monkeypatch):
         "shard 1/11 of 10 prompts is empty": [*start, *prompts, "--shard", "1/11"],
         "none has at most 1 tokens": [*start, *prompts, "--max-prompt-tokens", 1],
         "--samples must be at least 1": [*start, *prompts, "--samples", 0],
+        "--limit must be at least 1": [*start, *prompts, "--limit", 0],
         "no extra of this package has pyarrow": [*start, *prompts, "--out", "s.parquet"],
         "the text file s.jsonl cannot be read": ["score", "--samples", "s.jsonl", "--out", "x.jsonl"],
         "--out must be given": ["pairs"],
