@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS
+from palm_rlhf.generation import side_by_side
 from palm_rlhf.models.checkpoint import load_palm, save_palm
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy
@@ -145,6 +146,14 @@ def test_the_learner_finds_what_the_sampler_recorded(model, tmp_path):
         ends |= {line[f"{side}_tokens"][-1] == BYTES.stop for line in lines}
     assert ends == {True, False}  # or a stop token behind every response would not be seen
     assert torch.equal(found.difference, torch.tensor([line["margin"] for line in lines]))
+
+
+def test_prompts_and_responses_meet_in_one_column():
+    tokens, mask, width = side_by_side([[1, 2, 3], [4]], [[5], []], pad=9)
+    assert (tokens.tolist(), width) == ([[1, 2, 3, 5], [9, 9, 4, 9]], 3)
+    assert mask.tolist() == [[True, True, True, True], [False, False, True, False]]
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        side_by_side([[1], []], [[1], [1]])
 
 
 def row(scores, responses=("a", "b", "c"), tokens=None, stopped=None, prompt="p", wide=1):
