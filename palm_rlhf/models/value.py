@@ -136,14 +136,19 @@ class Policy(nn.Module):
         temperature: float = 1.0,
     ) -> Tensor:
         """[B, R]: KL(this || reference) of the next token, over the whole vocabulary; 0 where masked."""
-        both = (self, reference)
-        hidden = [policy._hidden(tokens, mask, prompt_width) for policy in both]
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        real, both = mask[:, prompt_width:], (self, reference)
+        rows = [
+            policy.model.hidden_states(tokens[:, :-1], mask=mask[:, :-1], scope=policy.scope)
+            for policy in both
+        ]
         found = []
-        for block in zip(*(part.flatten(0, 1).split(self._block) for part in hidden)):
+        for block in zip(*(hidden[:, prompt_width - 1 :][real].split(self._block) for hidden in rows)):
             mine, theirs = (p._logits(h, temperature).log_softmax(-1) for p, h in zip(both, block))
             found.append((mine.exp() * (mine - theirs)).sum(-1))
-        total = torch.cat(found).view(hidden[0].shape[:2])
-        return total if mask is None else torch.where(mask[:, prompt_width:], total, 0.0)
+        total = torch.zeros(real.shape, dtype=found[0].dtype, device=tokens.device)
+        total[real] = torch.cat(found)
+        return total
 
     def _picked(self, hidden: Tensor, ids: Tensor, temperature: float) -> Tensor:
         """Log-probabilities [N, K] of the tokens `ids`."""
