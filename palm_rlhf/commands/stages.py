@@ -64,7 +64,8 @@ class Scores:
     """What scores responses: one of three."""
 
     reward: str | None = None
-    """FILE.py:function, called with the texts of a prompt and a response; returns a number."""
+    """FILE.py:function, called with the texts of a prompt and a response; or lexicon:, sentiment:, matches:,
+    lacks:, words:, characters:, run: or hf:, as palm-rlhf --help says."""
     reward_model: str | None = None
     """Run of palm-rlhf reward, or a sequence-classification model of transformers: its folder, or hf:NAME."""
     rule: Literal["calculator"] | None = None
@@ -82,8 +83,8 @@ class Scores:
         """What scores depend on, for a stage's config."""
         found: dict[str, Any] = {"reward": self.reward, "rule": self.rule, "reward_model": self.reward_model}
         if self.reward is not None:
-            files = [part for part in self.reward.split(":") if Path(part).is_file()]
-            found["reward_version"] = [digest(file) for file in files]
+            there = [Path(part) for part in self.reward.split(":") if Path(part).exists()]
+            found["reward_version"] = [digest(p) if p.is_file() else version(p) for p in there]
         if self.reward_model is not None:
             found |= {"reward_version": version(self.reward_model), "label": self.label}
             found["max_text_tokens"] = self.max_text_tokens
@@ -105,14 +106,21 @@ class Scores:
             from palm_rlhf.tasks.calculator import Calculator
 
             return RuleScorer(ProgrammaticReward(Calculator.reward, on="tokens"))
-        if self.reward is not None:
+        kind, _, what = (self.reward or "").partition(":")
+        if self.reward_model is None and kind not in ("run", "hf"):
             return RuleScorer(ProgrammaticReward(load_function(self.reward), on="tokens"))
-        foreign = hf_name(Path(self.reward_model))
+        name, _, label = (what if kind != "hf" else self.reward).partition("@")
+        return self._model(self.reward_model or name, label or self.label, sampled_with, on)
+
+    def _model(self, name: str, label: str | None, sampled_with: str, on: str | None) -> Scorer:
+        foreign = hf_name(Path(name))
         if foreign is not None:
+            from palm_rlhf.rewards.classifier import Classifier
+
             return ClassifierScorer(
-                foreign, label=self.label, device=device(on), max_tokens=self.max_text_tokens
+                Classifier(foreign, label=label, device=device(on), max_tokens=self.max_text_tokens)
             )
-        file = weights_file(Path(self.reward_model))
+        file = weights_file(Path(name))
         model = load_reward_model(file, device=device(on)).requires_grad_(False)
         kept = metadata(file)
         if "tokenizer" not in kept:

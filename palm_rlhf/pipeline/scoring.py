@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from palm_rlhf.generation import Generation, side_by_side
-from palm_rlhf.models.hf import quiet
 from palm_rlhf.rewards import ModelReward, ProgrammaticReward, RewardError
+from palm_rlhf.rewards.classifier import Classifier
 from palm_rlhf.tokens import Tokenizer, first_ids, identity, prompt_ids
 
 
@@ -126,97 +124,26 @@ def as_generation(
 
 
 class ClassifierScorer:
-    """A sequence-classification model of Hugging Face, such as a reward model or a judge of sentiment.
+    """A classifier of transformers, which reads a dialogue in its own chat template where it has one."""
 
-    With one output the score is that. Of several labels the score is the log-odds of one of them: the
-    logarithm of its probability over that of all others.
-    """
-
-    def __init__(
-        self,
-        name: str | Path,
-        *,
-        label: str | None = None,
-        device: str | torch.device = "cpu",
-        batch: int = 32,
-        max_tokens: int | None = None,
-    ) -> None:
-        """
-        Args:
-            name: folder or hub name.
-            label: name or index of a label, where the model has several.
-            device: where to put it. batch: texts in one forward pass.
-            max_tokens: a longer text loses its beginning; None: what the model allows.
-
-        Raises:
-            ValueError: it cannot be loaded, or the label is not one of its own.
-        """
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        try:
-            with quiet():
-                self._tokenizer = AutoTokenizer.from_pretrained(str(name), truncation_side="left")
-                self._model = AutoModelForSequenceClassification.from_pretrained(str(name))
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{name} is no sequence-classification model: {reason:.200}") from error
-        self._model.to(device).eval()
-        self._batch, self.label = batch, self._index(name, label)
-        self._own_pads()
-        longest = getattr(self._model.config, "max_position_embeddings", None)
-        self._longest = min(
-            n for n in (max_tokens, longest, self._tokenizer.model_max_length) if n is not None
-        )
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier
         # How many texts lost their beginning.
         self.cut = 0
 
-    def _index(self, name: str | Path, label: str | None) -> int | None:
-        names = self._model.config.id2label
-        if self._model.config.num_labels == 1:
-            return None
-        known = {**{str(index): index for index in names}, **{text: index for index, text in names.items()}}
-        if label not in known:
-            raise ValueError(
-                f"{name} has the labels {', '.join(map(str, names.values()))}: say with --label which "
-                f"of them is good, got {label}"
-            )
-        return known[label]
-
-    def _own_pads(self) -> None:
-        """A padding token where there is none: it stands in the mask, so that any token will do."""
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)
-        if self._model.config.pad_token_id is None:
-            # By it decoders find the last real token.
-            self._model.config.pad_token_id = self._tokenizer.pad_token_id
-
     def text(self, answer: Answer) -> str:
-        """What it reads: the dialogue in its own chat template, or prompt and response as they are."""
-        if self._tokenizer.chat_template is None or not answer.messages:
+        """What it reads: the dialogue in its template, or prompt and response as they are."""
+        tokenizer = self.classifier.tokenizer
+        if tokenizer.chat_template is None or not answer.messages:
             return answer.prompt + answer.response
         said = [*answer.messages, {"role": "assistant", "content": answer.response.strip()}]
-        return self._tokenizer.apply_chat_template(said, tokenize=False)
+        return tokenizer.apply_chat_template(said, tokenize=False)
 
-    @torch.no_grad()
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """Its scores."""
-        found: list[float] = []
-        for start in range(0, len(answers), self._batch):
-            texts = [self.text(answer) for answer in answers[start : start + self._batch]]
-            found += self._scores(texts).tolist()
-        return found
-
-    def _scores(self, texts: list[str]) -> Tensor:
+        judge, texts = self.classifier, [self.text(answer) for answer in answers]
         # A chat template writes the special tokens itself.
-        special = self._tokenizer.chat_template is None
-        whole = self._tokenizer(texts, add_special_tokens=special)["input_ids"]
-        self.cut += sum(len(ids) > self._longest for ids in whole)
-        taken = self._tokenizer(
-            texts, add_special_tokens=special, padding=True, truncation=True, max_length=self._longest,
-            return_tensors="pt",
-        )  # fmt: skip
-        logits = self._model(**taken.to(self._model.device)).logits.float()
-        if self.label is None:
-            return logits[:, 0]
-        others = [i for i in range(logits.shape[1]) if i != self.label]
-        return logits[:, self.label] - logits[:, others].logsumexp(1)
+        special = judge.tokenizer.chat_template is None
+        whole = judge.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+        self.cut += sum(len(ids) > judge.max_tokens for ids in whole)
+        return judge.scores(texts, special=special).tolist()

@@ -286,6 +286,11 @@ def test_mistakes_cost_one_sentence(model, tmp_path, capsys, monkeypatch):
         assert reason in refused(capsys, *words)
     assert not list(tmp_path.iterdir())
     assert sample(model, tmp_path / "s.jsonl") == 0
+    words = ["score", "--samples", "s.jsonl", "--quiet", "--json"]
+    assert called(*words, "--out", "c.jsonl", "--reward", "characters:3-") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["best"] == 0
+    said = refused(capsys, *words, "--out", "d.jsonl", "--reward", f"run:{model / 'model.safetensors'}")
+    assert "expected a RewardModel" in said
     assert "give one thing that scores" in refused(
         capsys, "score", "--samples", "s.jsonl", "--out", "x.jsonl"
     )

@@ -7,6 +7,7 @@ import torch
 
 from palm_rlhf.pipeline import ClassifierScorer, load_template
 from palm_rlhf.pipeline.scoring import Answer
+from palm_rlhf.rewards.classifier import Classifier
 from palm_rlhf.tokens import load_tokenizer
 from palm_rlhf.trainers.log import read_metrics
 from rlhf_kernels import stacks
@@ -88,7 +89,7 @@ def test_a_classifiers_scores_are_its_logits_whatever_is_beside_them(tmp_path, p
         tokenizer.pad_token = model.config.pad_token_id = None
         tokenizer.save_pretrained(tmp_path)
         model.config.save_pretrained(tmp_path)
-    found = ClassifierScorer(tmp_path, batch=2)(ANSWERS)
+    found = ClassifierScorer(Classifier(tmp_path, batch=2))(ANSWERS)
     for answer, score in zip(ANSWERS, found, strict=True):
         ids = tokenizer(answer.prompt + answer.response, return_tensors="pt")
         with torch.no_grad():
@@ -99,19 +100,19 @@ def test_a_classifiers_scores_are_its_logits_whatever_is_beside_them(tmp_path, p
 def test_of_several_labels_one_is_good(tmp_path):
     model, tokenizer = classifier(tmp_path, labels=3, id2label={0: "bad", 1: "dull", 2: "good"},
                                   label2id={"bad": 0, "dull": 1, "good": 2})  # fmt: skip
-    found = ClassifierScorer(tmp_path, label="good")(ANSWERS)
+    found = ClassifierScorer(Classifier(tmp_path, label="good"))(ANSWERS)
     with torch.no_grad():
         ids = tokenizer(ANSWERS[0].prompt + ANSWERS[0].response, return_tensors="pt")
         chance = model(**ids).logits.softmax(-1)[0, 2]
     assert abs(torch.logit(chance).item() - found[0]) < 1e-4
-    assert ClassifierScorer(tmp_path, label="2")(ANSWERS) == found
-    with pytest.raises(ValueError, match="has the labels bad, dull, good: say with --label"):
-        ClassifierScorer(tmp_path)
+    assert ClassifierScorer(Classifier(tmp_path, label="2"))(ANSWERS) == found
+    with pytest.raises(ValueError, match="has the labels bad, dull, good: say which is good"):
+        ClassifierScorer(Classifier(tmp_path))
 
 
 def test_a_long_text_loses_its_beginning_and_is_counted(tmp_path):
     model, tokenizer = classifier(tmp_path, template="{% for m in messages %}{{ m.content }}{% endfor %}")
-    scorer = ClassifierScorer(tmp_path, max_tokens=4)
+    scorer = ClassifierScorer(Classifier(tmp_path, max_tokens=4))
     found = scorer([*ANSWERS, Answer([], "", "a red wheel barrow", (), ())])
     assert scorer.cut == 3
     ids = tokenizer("a red wheel barrow" + "glazed with rain", add_special_tokens=False)["input_ids"]
@@ -123,7 +124,7 @@ def test_what_is_no_classifier_is_said(tmp_path, capsys):
     saved_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(ValueError, match="is no sequence-classification model"):
-        ClassifierScorer(tmp_path)
+        ClassifierScorer(Classifier(tmp_path))
     assert refused(capsys, "score", "--samples", tmp_path / "s.jsonl", "--out", "x.jsonl").startswith(
         "the text"
     )
@@ -161,7 +162,7 @@ def test_the_chain_on_a_llama(tmp_path, monkeypatch, capsys):
         prompts[0]["messages"], add_generation_prompt=True, return_dict=False
     )
     assert rows[0]["prompt_tokens"] == expected
-    scored = ["score", "--samples", "s.jsonl", "--reward-model", tmp_path / "judge", "--out", "r.jsonl"]
+    scored = ["score", "--samples", "s.jsonl", "--reward", f"hf:{tmp_path / 'judge'}", "--out", "r.jsonl"]
     assert called(*scored, "--quiet") == 0
     assert called("pairs", "--scored", "r.jsonl", "--out", "pairs.jsonl", "--test", 2) == 0
     assert "--chat --model RUN" in capsys.readouterr().out
