@@ -141,19 +141,12 @@ class Policy(nn.Module):
         temperature: float = 1.0,
     ) -> Tensor:
         """[B, R]: KL(this || reference) of the next token, over the whole vocabulary; 0 where masked."""
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        real, both = mask[:, prompt_width:], (self, reference)
-        rows = [
-            policy.model.hidden_states(tokens[:, :-1], mask=mask[:, :-1], scope=policy.scope)
-            for policy in both
-        ]
-        found = []
-        for block in zip(*(hidden[:, prompt_width - 1 :][real].split(self._block) for hidden in rows)):
-            mine, theirs = (p._logits(h, temperature).log_softmax(-1) for p, h in zip(both, block))
-            found.append((mine.exp() * (mine - theirs)).sum(-1))
-        total = torch.zeros(real.shape, dtype=found[0].dtype, device=tokens.device)
-        total[real] = torch.cat(found)
-        return total
+        both, found = (self, reference), []
+        (mine, real), (theirs, _) = (policy._hidden(tokens, mask, prompt_width) for policy in both)
+        for block in zip(mine.split(self._block), theirs.split(self._block)):
+            p, q = (policy._logits(rows, temperature).log_softmax(-1) for policy, rows in zip(both, block))
+            found.append((p.exp() * (p - q)).sum(-1))
+        return placed(torch.cat(found), real)
 
     def _picked(self, hidden: Tensor, ids: Tensor, temperature: float) -> Tensor:
         """Log-probabilities [N, K] of the tokens `ids`."""
