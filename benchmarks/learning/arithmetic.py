@@ -19,8 +19,9 @@ from dataclasses import asdict, replace
 from functools import partial
 
 import torch
-from rows import DATA, RESULTS, Evaluate, Setting, Start, Task, Trained, every_row, parsed, write
+from rows import DATA, RESULTS, Evaluate, Setting, Start, Task, Trained, every_row, kept, parsed, write
 
+from palm_rlhf.algorithms.table import ALGORITHMS
 from palm_rlhf.generation import best_of, generate
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import frozen
@@ -46,10 +47,13 @@ ONLINE = OnlineConfig(
     prompts=SIZE, epochs=2, minibatch=128, policy_lr=3e-4, critic_lr=1e-3, warmup=5, steps=ROLLOUTS
 )
 OFFLINE = OfflineConfig(epochs=2, batch=64, lr=3e-4, warmup=10)
+# No KL term: the reward is the truth itself. Values are small, so that a critic learns faster than usual.
+FREE = {"kl_coef": 0.0}
+CRITIC = Setting({"critic_warmup": 3}, {**FREE, "value_coef": 0.5})
 SETTINGS: Mapping[str, Setting] = {
-    "ppo": Setting({"critic_warmup": 3}, {"kl_coef": 0.005, "value_coef": 0.5}),
-    "grpo": Setting({}, {"kl_coef": 0.005}),
-    "rloo": Setting({}, {"kl_coef": 0.005}),
+    **{name: Setting({}, FREE) for name in ALGORITHMS},
+    "ppo": CRITIC,
+    "ppg": CRITIC,
 }
 
 
@@ -84,8 +88,8 @@ def division(tune: bool) -> Calculator:
 
 
 def practice(task: Calculator) -> list[str]:
-    """All problems whose operands and result are from 1 to LARGEST, but those held out."""
-    known, held = range(1, LARGEST + 1), {*task.held_out}
+    """All problems whose operands and result are from 1 to LARGEST, but those held out here or in the end."""
+    known, held = range(1, LARGEST + 1), {*task.held_out, *division(tune=False).held_out}
     every = (f"{a}{sign}{b}=" for sign in OPERATORS for a in known for b in known)
     return [p for p in every if 0 < int(answer(p)) <= LARGEST and p not in held]
 
@@ -144,7 +148,8 @@ def main() -> None:
     reward = ProgrammaticReward(problems.reward, TOKENS, stop=stop)
     prompts, evaluate = practice(problems), evaluation(problems)
     for seed in args.seeds:
-        model, metrics = sft(prompts, stop, seed)
+        settings = {**asdict(SFT), "seed": seed, **SHAPE, "slips": SLIPS, "tune": args.tune}
+        model, metrics = kept(f"arithmetic-{seed}", settings, partial(sft, prompts, stop, seed))
         start = Start(model, TOKENS, stop)
         before = evaluate(model, torch.Generator().manual_seed(seed))
         _, best = best_of(
@@ -153,10 +158,12 @@ def main() -> None:
         )  # fmt: skip
         before |= {"best_of_4": float(best.mean())}
         print(f"sft-{seed}: {before}, {len(prompts)} problems, {len(best)} held out", flush=True)
-        write(
-            args.out / f"sft-{seed}.json", metrics, row="sft", seed=seed, settings=asdict(SFT) | SHAPE,
-            problems=len(prompts), held_out=len(best), after=before,
-        )  # fmt: skip
+        path = args.out / f"sft-{seed}.json"
+        if metrics or not path.exists():
+            write(
+                path, metrics, row="sft", seed=seed, settings=settings,
+                problems=len(prompts), held_out=len(best), after=before,
+            )  # fmt: skip
         task = Task(
             start,
             [TOKENS.encode(prompt) for prompt in prompts],

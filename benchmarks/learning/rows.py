@@ -23,7 +23,9 @@ from torch import Tensor
 
 from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS
 from palm_rlhf.algorithms.table import ALGORITHMS
+from palm_rlhf.commands.common import metadata
 from palm_rlhf.generation import Generation
+from palm_rlhf.models.checkpoint import load_palm, save_palm
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy, ValueModel, frozen
 from palm_rlhf.tasks.pairs import Pair
@@ -33,6 +35,7 @@ from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
 from rlhf_kernels.runtime.files import write_aside
 
 RESULTS = Path(__file__).parents[1] / "results" / "learning"
+RUNS = Path(__file__).parents[2] / "runs" / "learning"
 DATA = Path(os.environ.get("PALM_RLHF_DATA", Path(__file__).parents[3] / "shared" / "data"))
 # Of a step's metrics these are kept, on at most so many steps, with so many digits.
 KEPT = (
@@ -135,6 +138,18 @@ def every_row(args: argparse.Namespace, task: Task, seed: int, before: Mapping[s
         write(path, metrics, **facts, seconds=round(seconds, 1), before=dict(before), after=dict(after))
         said = ", ".join(f"{key} {before[key]:.3f} to {after[key]:.3f}" for key in after if key in before)
         print(f"{path.name}: {said} ({seconds:.0f} s)", flush=True)
+
+
+def kept(name: str, settings: Mapping[str, Any], make: Callable[[], Trained]) -> Trained:
+    """The model of runs/learning/`name`, without metrics, if these settings made it; or a new one."""
+    path = RUNS / f"{name}.safetensors"
+    settings = json.loads(json.dumps(settings))
+    if path.exists() and metadata(path).get("settings") == settings:
+        return frozen(load_palm(path)), []
+    model, metrics = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_palm(path, model, settings=settings)
+    return model, metrics
 
 
 def online(name: str, task: Task, config: OnlineConfig, options: Mapping[str, Any]) -> Trained:

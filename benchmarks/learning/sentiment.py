@@ -20,6 +20,7 @@ import torch
 from rows import DATA, RESULTS, Evaluate, Setting, Start, Task, every_row, learned_tokenizer, parsed, write
 
 from palm_rlhf.algorithms.estimators import response_kl
+from palm_rlhf.algorithms.table import ALGORITHMS
 from palm_rlhf.generation import Generation, best_of, generate
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy, frozen
@@ -47,10 +48,12 @@ ONLINE = OnlineConfig(
     steps=ROLLOUTS,
 )  # fmt: skip
 OFFLINE = OfflineConfig(epochs=2, batch=32, lr=3e-4, warmup=10)
+HELD = {"kl_coef": 0.02}
+CRITIC = Setting({"critic_warmup": 2}, {**HELD, "value_coef": 0.5})
 SETTINGS: Mapping[str, Setting] = {
-    "ppo": Setting({"critic_warmup": 2}, {"kl_coef": 0.02, "value_coef": 0.5}),
-    "grpo": Setting({}, {"kl_coef": 0.02}),
-    "rloo": Setting({}, {"kl_coef": 0.02}),
+    **{name: Setting({}, HELD) for name in ALGORITHMS},
+    "ppo": CRITIC,
+    "ppg": CRITIC,
 }
 
 

@@ -95,7 +95,7 @@ def arithmetic(runs: dict[str, list[Run]]) -> str:
     start = runs["sft"]
     lines = [
         ["SFT start", "", str(len(start)), percent(of(start, "after", "sampled")), "",
-         percent(of(start, "after", "greedy")), "", "0", number(of(start, "seconds"), 0)],
+         percent(of(start, "after", "greedy")), "", "0", ""],
         ["best of 4 of the start", "", str(len(start)), percent(of(start, "after", "best_of_4")), "", "", "",
          "", ""],
     ]  # fmt: skip
