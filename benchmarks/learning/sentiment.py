@@ -17,7 +17,20 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-from rows import DATA, RESULTS, Evaluate, Setting, Start, Task, every_row, learned_tokenizer, parsed, write
+from rows import (
+    DATA,
+    RESULTS,
+    Evaluate,
+    Setting,
+    Start,
+    Task,
+    Trained,
+    every_row,
+    kept,
+    learned_tokenizer,
+    parsed,
+    write,
+)
 
 from palm_rlhf.algorithms.estimators import response_kl
 from palm_rlhf.algorithms.table import ALGORITHMS
@@ -37,11 +50,11 @@ from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer
 
 # Words of a sentence that are its prompt, tokens that a continuation may have, and prompts that judge.
 WORDS, NEW, JUDGED = 3, 20, 400
-PIECES = 3000
+PIECES = 2500
 SHARES = (0.6, 0.4)  # of the reward model and of the judge
-SHAPE = {"dim": 96, "depth": 2, "heads": 4, "dim_head": 32, "ff_mult": 2}
-SFT = SFTConfig(steps=500, batch=64, lr=3e-3, warmup=50, final_lr=0.0, weight_decay=0.5)
-REWARD = RewardConfig(epochs=4, batch=32, lr=1e-3, weight_decay=0.1)
+SHAPE = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "ff_mult": 4}
+SFT = SFTConfig(steps=400, batch=64, lr=3e-3, warmup=50, final_lr=0.0, weight_decay=0.5)
+REWARD = RewardConfig(epochs=4, batch=32, lr=1e-3, weight_decay=0.1, eval_every=10_000)
 SIZE, GROUP, ROLLOUTS = 64, 8, 40
 ONLINE = OnlineConfig(
     prompts=SIZE, max_new_tokens=NEW, epochs=2, minibatch=32, policy_lr=3e-4, critic_lr=1e-3, warmup=3,
@@ -67,6 +80,7 @@ class World:
     prompts: list[list[int]]
     judged: list[list[int]]
     facts: dict[str, float]
+    metrics: list[dict[str, float]]
 
 
 def beginnings(examples: Sequence[Labelled], tokens: Tokenizer) -> list[list[int]]:
@@ -75,17 +89,24 @@ def beginnings(examples: Sequence[Labelled], tokens: Tokenizer) -> list[list[int
     return [tokens.encode(b) for b in dict.fromkeys(" ".join(w[:WORDS]) for w in split if len(w) > WORDS)]
 
 
+def language_model(train: Sequence[Labelled], tokens: Tokenizer, seed: int) -> Trained:
+    """The start: it has read the training sentences, but a twentieth of them."""
+    torch.manual_seed(seed)
+    model = PaLM(num_tokens=tokens.vocabulary, **SHAPE)
+    read, unread = text.lines((e.text for e in train), tokens).divided(0.05)
+    trainer = SFTTrainer(model, read, unread, replace(SFT, seed=seed))
+    metrics = [{"step": i + 1, **trainer.step(i)} for i in range(SFT.steps)]
+    return frozen(model), metrics
+
+
 def world(seed: int, tune: bool) -> World:
     """Language model, reward model and judge; to tune, a tenth of the training sentences stands for dev."""
     train = read_sst2(DATA / "sst2" / "train.tsv")
     train, dev = parts(train, (0.9, 0.1), 1) if tune else (train, read_sst2(DATA / "sst2" / "dev.tsv"))
     for_reward, for_judge = parts(train, SHARES, 0)
     tokens = learned_tokenizer([example.text for example in train], PIECES)
-    torch.manual_seed(seed)
-    model = PaLM(num_tokens=tokens.vocabulary, **SHAPE)
-    read, kept = text.lines((e.text for e in train), tokens).divided(0.05)
-    lm = SFTTrainer(model, read, kept, replace(SFT, seed=seed))
-    metrics = [lm.step(i) for i in range(SFT.steps)]
+    settings = {**asdict(SFT), "seed": seed, **SHAPE, "pieces": PIECES, "tune": tune}
+    model, metrics = kept(f"sentiment-{seed}", settings, partial(language_model, train, tokens, seed))
     scorer = RewardModel(frozen(model), dropout=0.3, num_binned_output=2, use_lora=False, pooling="mean")
     learner = RewardTrainer(
         scorer.requires_grad_(True), for_reward, tokens, config=replace(REWARD, seed=seed), held_out=dev
@@ -95,12 +116,12 @@ def world(seed: int, tune: bool) -> World:
     judge = NaiveBayes(for_judge)
     facts = {
         "reward_accuracy": found["held_out_accuracy"], "judge_accuracy": judge.accuracy(dev), "dev": len(dev),
-        "perplexity": metrics[-1]["validation_perplexity"], "reward_examples": len(for_reward),
+        "reward_examples": len(for_reward),
         "judge_examples": len(for_judge),
     }  # fmt: skip
     return World(
         Start(model, tokens, tokens.stop), ModelReward(scorer.requires_grad_(False), micro_batch=256), judge,
-        beginnings(train, tokens), beginnings(dev, tokens)[:JUDGED], facts,
+        beginnings(train, tokens), beginnings(dev, tokens)[:JUDGED], facts, metrics,
     )  # fmt: skip
 
 
@@ -111,7 +132,7 @@ def sentences(drawn: Generation, tokens: Tokenizer, whole: bool = True) -> list[
 
 
 @torch.no_grad()
-def measured(w: World, model: PaLM, drawn: Generation) -> dict[str, float]:
+def measured(w: World, drawn: Generation) -> dict[str, float]:
     """What the judge finds, and how far the policy is from the start, on these samples."""
     reference = Policy(w.start.model)(drawn.tokens, drawn.mask, drawn.prompt_width)[0]
     rollout = Rollout(drawn, 1.0, torch.zeros(len(drawn.tokens)), reference_logprob=reference)
@@ -133,7 +154,7 @@ def evaluation(w: World) -> Evaluate:
             model, w.judged, max_new_tokens=NEW, stop=w.start.stop, pad=w.start.tokenizer.pad,
             generator=generator,
         )  # fmt: skip
-        return measured(w, model, drawn)
+        return measured(w, drawn)
 
     return evaluate
 
@@ -170,12 +191,14 @@ def main() -> None:
             w.start.model, w.judged, w.reward, samples=4, max_new_tokens=NEW, stop=w.start.stop,
             pad=w.start.tokenizer.pad, generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
-        best = measured(w, w.start.model, best)
+        best = measured(w, best)
         print(f"sft-{seed}: {before}, best of 4: {best}, {w.facts}", flush=True)
-        write(
-            args.out / f"sft-{seed}.json", [], row="sft", seed=seed, settings=asdict(SFT) | SHAPE,
-            reward_settings=asdict(REWARD), after=before, best_of_4=best, **w.facts,
-        )  # fmt: skip
+        path = args.out / f"sft-{seed}.json"
+        if w.metrics or not path.exists():
+            write(
+                path, w.metrics, row="sft", seed=seed, settings=asdict(SFT) | SHAPE,
+                reward_settings=asdict(REWARD), after=before, best_of_4=best, **w.facts,
+            )  # fmt: skip
         pairs = partial(best_and_worst, w, seed)
         task = Task(w.start, w.prompts, w.reward, pairs, ONLINE, OFFLINE, SETTINGS, GROUP, evaluate)
         every_row(args, task, seed, before)
