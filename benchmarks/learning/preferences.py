@@ -27,7 +27,7 @@ from palm_rlhf.trainers.offline import OfflineConfig
 from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
 from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer
 
-JUDGED, LENGTH, PIECES = 412, 128, 2000
+JUDGED, LENGTH, VOCABULARY = 412, 128, 2000
 SHAPE = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "ff_mult": 2}
 SFT = SFTConfig(steps=200, batch=16, lr=3e-3, warmup=20, final_lr=0.0)
 REWARD = RewardConfig(epochs=2, batch=16, lr=1e-3, weight_decay=0.1, max_tokens=LENGTH, eval_every=1000)
@@ -36,7 +36,7 @@ OFFLINE = OfflineConfig(epochs=1, batch=16, lr=3e-4, warmup=10, max_tokens=LENGT
 
 def start(train: Sequence[Pair], seed: int) -> Start:
     """A language model of the preferred dialogues."""
-    tokens = learned_tokenizer([pair.chosen for pair in train], PIECES)
+    tokens = learned_tokenizer([pair.chosen for pair in train], VOCABULARY, apart=True)
     torch.manual_seed(seed)
     model = PaLM(num_tokens=tokens.vocabulary, **SHAPE)
     read = text.windows("\n".join(pair.chosen for pair in train), tokens, LENGTH)
@@ -69,7 +69,7 @@ def main() -> None:
     for seed in args.seeds:
         begin = start(train, seed)
         for name in args.rows:
-            path, began = args.out / f"{name}-{seed}.json", time.perf_counter()
+            path, began = args.out / f"{name}-{seed}.json", time.process_time()
             if path.exists():
                 print(f"{path.name}: is there", flush=True)
                 continue
@@ -82,7 +82,7 @@ def main() -> None:
             write(
                 path, metrics, row=name, seed=seed, settings=asdict(config) | SHAPE, pairs=len(train),
                 held_out=len(judge), after={"accuracy": accuracy},
-                seconds=round(time.perf_counter() - began, 1),
+                processor_seconds=round(time.process_time() - began, 1),
             )  # fmt: skip
             print(f"{path.name}: {accuracy:.3f} of {len(judge)} held-out pairs", flush=True)
 

@@ -128,14 +128,21 @@ def every_row(args: argparse.Namespace, task: Task, seed: int, before: Mapping[s
         if path.exists():
             print(f"{path.name}: is there", flush=True)
             continue
-        began = time.perf_counter()
+        began = time.process_time()
         if name in ALGORITHMS:
             model, metrics = online(name, task, config, setting.options)
         else:
             model, metrics = offline(name, task.start, pairs, config, setting.options)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         after = task.evaluate(frozen(model), torch.Generator().manual_seed(seed))
-        write(path, metrics, **facts, seconds=round(seconds, 1), before=dict(before), after=dict(after))
+        write(
+            path,
+            metrics,
+            **facts,
+            processor_seconds=round(seconds, 1),
+            before=dict(before),
+            after=dict(after),
+        )
         said = ", ".join(f"{key} {before[key]:.3f} to {after[key]:.3f}" for key in after if key in before)
         print(f"{path.name}: {said} ({seconds:.0f} s)", flush=True)
 
@@ -195,15 +202,15 @@ def offline(
     return model, [{"step": i + 1, **trainer.step(i)} for i in range(trainer.steps)]
 
 
-def learned_tokenizer(texts: Sequence[str], pieces: int) -> FileTokenizer:
-    """So many pieces of words, learned from these texts; spaces count, line breaks are spaces."""
-    from tokenizers import Tokenizer as Pieces
-    from tokenizers import decoders, models, pre_tokenizers, trainers
+def learned_tokenizer(texts: Sequence[str], words: int, *, apart: bool = False) -> FileTokenizer:
+    """The most frequent words of these texts as tokens; with `apart` punctuation is words of its own."""
+    from tokenizers import Tokenizer as Words
+    from tokenizers import models, pre_tokenizers, trainers
 
-    found = Pieces(models.BPE(unk_token="<unk>"))
-    found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=pieces, special_tokens=["<pad>", "<unk>", "<|endoftext|>"], show_progress=False
+    found = Words(models.WordLevel(unk_token="<unk>"))
+    found.pre_tokenizer = pre_tokenizers.Whitespace() if apart else pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=words, special_tokens=["<pad>", "<unk>", "<|endoftext|>"], show_progress=False
     )
     found.train_from_iterator(texts, trainer)
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:

@@ -50,14 +50,16 @@ from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer
 
 # Words of a sentence that are its prompt, tokens that a continuation may have, and prompts that judge.
 WORDS, NEW, JUDGED = 3, 20, 400
-PIECES = 2500
+VOCABULARY = 4000
+LONGEST = 22  # words of the sentences that the language model reads
 SHARES = (0.6, 0.4)  # of the reward model and of the judge
 SHAPE = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "ff_mult": 4}
-SFT = SFTConfig(steps=400, batch=64, lr=3e-3, warmup=50, final_lr=0.0, weight_decay=0.5)
-REWARD = RewardConfig(epochs=4, batch=32, lr=1e-3, weight_decay=0.1, eval_every=10_000)
+REWARD_SHAPE = {"dim": 64, "depth": 1, "heads": 2, "dim_head": 16, "ff_mult": 1}
+SFT = SFTConfig(steps=300, batch=32, lr=3e-3, warmup=50, final_lr=0.0, weight_decay=0.5)
+REWARD = RewardConfig(epochs=2, batch=32, lr=3e-3, weight_decay=0.1, eval_every=10_000)
 SIZE, GROUP, ROLLOUTS = 64, 8, 40
 ONLINE = OnlineConfig(
-    prompts=SIZE, max_new_tokens=NEW, epochs=2, minibatch=32, policy_lr=3e-4, critic_lr=1e-3, warmup=3,
+    prompts=SIZE, max_new_tokens=NEW, epochs=2, minibatch=32, policy_lr=5e-4, critic_lr=1e-3, warmup=3,
     steps=ROLLOUTS,
 )  # fmt: skip
 OFFLINE = OfflineConfig(epochs=2, batch=32, lr=3e-4, warmup=10)
@@ -93,7 +95,8 @@ def language_model(train: Sequence[Labelled], tokens: Tokenizer, seed: int) -> T
     """The start: it has read the training sentences, but a twentieth of them."""
     torch.manual_seed(seed)
     model = PaLM(num_tokens=tokens.vocabulary, **SHAPE)
-    read, unread = text.lines((e.text for e in train), tokens).divided(0.05)
+    short = (example.text for example in train if len(example.text.split()) <= LONGEST)
+    read, unread = text.lines(short, tokens).divided(0.05)
     trainer = SFTTrainer(model, read, unread, replace(SFT, seed=seed))
     metrics = [{"step": i + 1, **trainer.step(i)} for i in range(SFT.steps)]
     return frozen(model), metrics
@@ -104,13 +107,14 @@ def world(seed: int, tune: bool) -> World:
     train = read_sst2(DATA / "sst2" / "train.tsv")
     train, dev = parts(train, (0.9, 0.1), 1) if tune else (train, read_sst2(DATA / "sst2" / "dev.tsv"))
     for_reward, for_judge = parts(train, SHARES, 0)
-    tokens = learned_tokenizer([example.text for example in train], PIECES)
-    settings = {**asdict(SFT), "seed": seed, **SHAPE, "pieces": PIECES, "tune": tune}
+    tokens = learned_tokenizer([example.text for example in train], VOCABULARY)
+    settings = {**asdict(SFT), "seed": seed, **SHAPE, "vocabulary": VOCABULARY, "tune": tune}
     model, metrics = kept(f"sentiment-{seed}", settings, partial(language_model, train, tokens, seed))
-    scorer = RewardModel(frozen(model), dropout=0.3, num_binned_output=2, use_lora=False, pooling="mean")
-    learner = RewardTrainer(
-        scorer.requires_grad_(True), for_reward, tokens, config=replace(REWARD, seed=seed), held_out=dev
-    )
+    # Shallow and from nothing: from the language model it learns its examples by heart sooner.
+    torch.manual_seed(seed)
+    body = PaLM(num_tokens=tokens.vocabulary, **REWARD_SHAPE)
+    scorer = RewardModel(body, dropout=0.3, num_binned_output=2, use_lora=False, pooling="mean")
+    learner = RewardTrainer(scorer, for_reward, tokens, config=replace(REWARD, seed=seed), held_out=dev)
     for i in range(learner.steps):
         found = learner.step(i)
     judge = NaiveBayes(for_judge)
@@ -197,7 +201,7 @@ def main() -> None:
         if w.metrics or not path.exists():
             write(
                 path, w.metrics, row="sft", seed=seed, settings=asdict(SFT) | SHAPE,
-                reward_settings=asdict(REWARD), after=before, best_of_4=best, **w.facts,
+                reward_settings=asdict(REWARD) | REWARD_SHAPE, after=before, best_of_4=best, **w.facts,
             )  # fmt: skip
         pairs = partial(best_and_worst, w, seed)
         task = Task(w.start, w.prompts, w.reward, pairs, ONLINE, OFFLINE, SETTINGS, GROUP, evaluate)

@@ -22,6 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "learning.md"
 TEXT = Path(__file__).with_name("learning.md.in")
 KINDS = (("online", ALGORITHMS), ("offline", PAIR_ALGORITHMS))
 Run = dict[str, Any]
+HELP = 5  # points
 
 
 def percent(values: Sequence[float]) -> str:
@@ -74,6 +75,51 @@ def rows_of(runs: dict[str, list[Run]], cells: Callable[[list[Run]], list[str]])
     ]
 
 
+def plainly(runs: dict[str, list[Run]], key: str) -> str:
+    """Which rows hardly move what is judged, and which were not run."""
+    points = {
+        name: 100 * statistics.mean(run["after"][key] - run["before"][key] for run in some)
+        for name, some in runs.items()
+        if "before" in some[0]
+    }
+    idle = [f"`{name}` ({value:+.1f})" for name, value in points.items() if value < HELP]
+    said = f"Hardly any help here, less than {HELP} points over the start: {', '.join(idle) or 'none'}."
+    return f"{said} {missing(runs)}"
+
+
+def bar(what: str, wanted: str, found: str, met: bool) -> list[str]:
+    """A line of the table of bars."""
+    return [what, wanted, found, "met" if met else "missed"]
+
+
+def bars(runs: dict[str, dict[str, list[Run]]]) -> str:
+    """What had to be true, and what is: the least over seeds where more is better."""
+    lines, a, b = [], runs["sentiment"], runs["arithmetic"]
+    for name in ("ppo", "grpo", "rloo"):
+        if name in b:
+            least = min(100 * (run["after"]["sampled"] - run["before"]["sampled"]) for run in b[name])
+            what = f"arithmetic, `{name}`, {len(b[name])} seeds"
+            lines.append(bar(what, "+25 points on held-out problems", f"{least:+.1f}", least >= 25))
+    for name in ("ppo", "grpo", "rloo"):
+        for run in a.get(name, []):
+            share, kl = run["after"]["positive"], run["after"]["kl"]
+            variety = run["after"]["distinct_2"] / run["before"]["distinct_2"]
+            lines.append(
+                bar(
+                    f"sentiment, `{name}`, seed {run['seed']}",
+                    "85 % positive by the judge from about 50 %, KL at most 10, distinct-2 at least 70 %",
+                    f"{100 * run['before']['positive']:.1f} to {100 * share:.1f} %, KL {kl:.1f}, "
+                    f"{100 * variety:.0f} %",
+                    share >= 0.85 and kl <= 10 and variety >= 0.7,
+                )
+            )
+    for run in a.get("sft", []):
+        found = run["reward_accuracy"]
+        what = f"reward model, seed {run['seed']}"
+        lines.append(bar(what, "78 % on SST-2's development set", f"{100 * found:.1f} %", found >= 0.78))
+    return table(("what", "bar", "figure", ""), lines)
+
+
 def missing(runs: dict[str, list[Run]]) -> str:
     """What was not run."""
     left = [f"`{name}`" for _, names in KINDS for name in names if name not in runs]
@@ -82,24 +128,24 @@ def missing(runs: dict[str, list[Run]]) -> str:
 
 def arithmetic(runs: dict[str, list[Run]]) -> str:
     """Exact match on held-out problems."""
-    head = ("row", "kind", "seeds", "sampled, %", "points", "greedy, %", "points", "KL, nats", "s")
+    head = ("row", "kind", "seeds", "sampled, %", "points", "greedy, %", "points", "KL, nats")
 
     def cells(some: list[Run]) -> list[str]:
         kl = [run["curve"][-1].get("kl_response") for run in some]
         return [
             percent(of(some, "after", "sampled")), gain(some, "sampled"),
             percent(of(some, "after", "greedy")), gain(some, "greedy"),
-            number(kl) if None not in kl else "-", number(of(some, "seconds"), 0),
+            number(kl) if None not in kl else "-",
         ]  # fmt: skip
 
     start = runs["sft"]
     lines = [
         ["SFT start", "", str(len(start)), percent(of(start, "after", "sampled")), "",
-         percent(of(start, "after", "greedy")), "", "0", ""],
+         percent(of(start, "after", "greedy")), "", "0"],
         ["best of 4 of the start", "", str(len(start)), percent(of(start, "after", "best_of_4")), "", "", "",
-         "", ""],
+         ""],
     ]  # fmt: skip
-    return f"{table(head, lines + rows_of(runs, cells))}\n\n{missing(runs)}"
+    return f"{table(head, lines + rows_of(runs, cells))}\n\n{plainly(runs, 'sampled')}"
 
 
 def sentiment(runs: dict[str, list[Run]]) -> str:
@@ -124,7 +170,7 @@ def sentiment(runs: dict[str, list[Run]]) -> str:
         ["SFT start", "", str(len(start)), *measured(start)],
         ["best of 4 of the start", "", str(len(start)), *best],
     ]
-    return f"{table(head, lines + rows_of(runs, measured))}\n\n{missing(runs)}"
+    return f"{table(head, lines + rows_of(runs, measured))}\n\n{plainly(runs, 'positive')}"
 
 
 def judges(runs: dict[str, list[Run]]) -> str:
@@ -151,20 +197,21 @@ def preferences(runs: dict[str, list[Run]]) -> str:
             label = "reward model" if name == "reward" else f"`{name}`"
             lines.append(
                 [label, str(run["seed"]), str(run["pairs"]), str(total), f"{100 * share:.1f}",
-                 f"{100 * low:.1f} to {100 * high:.1f}", number([run["seconds"]], 0)]
+                 f"{100 * low:.1f} to {100 * high:.1f}"]
             )  # fmt: skip
-    return table(("", "seed", "pairs", "held out", "right, %", "95 %", "s"), lines)
+    return table(("", "seed", "pairs", "held out", "right, %", "95 %"), lines)
 
 
 def page() -> str:
     """The text with its tables; a table whose files are not there says so."""
     text = TEXT.read_text(encoding="utf-8")
     folders = {"arithmetic": (arithmetic,), "sentiment": (judges, sentiment), "preferences": (preferences,)}
+    runs = {folder: by_row(read(RESULTS / folder)) for folder in folders}
     for folder, makers in folders.items():
-        runs = by_row(read(RESULTS / folder))
         for maker in makers:
-            text = text.replace(f"<!-- {maker.__name__} -->", maker(runs) if runs else "Not run.")
-    return text
+            made = maker(runs[folder]) if runs[folder] else "Not run."
+            text = text.replace(f"<!-- {maker.__name__} -->", made)
+    return text.replace("<!-- bars -->", bars(runs))
 
 
 def main() -> int:
