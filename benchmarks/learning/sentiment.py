@@ -52,12 +52,12 @@ from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer
 WORDS, NEW, JUDGED = 3, 20, 400
 VOCABULARY = 4000
 LONGEST = 22  # words of the sentences that the language model reads
-SHARES = (0.6, 0.4)  # of the reward model and of the judge
+SHARES = (0.7, 0.3)  # of the reward model and of the judge
 SHAPE = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "ff_mult": 4}
 REWARD_SHAPE = {"dim": 64, "depth": 1, "heads": 2, "dim_head": 16, "ff_mult": 1}
 SFT = SFTConfig(steps=300, batch=32, lr=3e-3, warmup=50, final_lr=0.0, weight_decay=0.5)
 REWARD = RewardConfig(epochs=2, batch=32, lr=3e-3, weight_decay=0.1, eval_every=10_000)
-SIZE, GROUP, ROLLOUTS = 64, 8, 40
+SIZE, GROUP, ROLLOUTS = 64, 8, 100
 ONLINE = OnlineConfig(
     prompts=SIZE, max_new_tokens=NEW, epochs=2, minibatch=32, policy_lr=5e-4, critic_lr=1e-3, warmup=3,
     steps=ROLLOUTS,
