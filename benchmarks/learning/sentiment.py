@@ -63,8 +63,9 @@ ONLINE = OnlineConfig(
     steps=ROLLOUTS,
 )  # fmt: skip
 OFFLINE = OfflineConfig(epochs=2, batch=32, lr=3e-4, warmup=10)
-HELD = {"kl_coef": 0.02}
-CRITIC = Setting({"critic_warmup": 2}, {**HELD, "value_coef": 0.5})
+# In the reward, whose scale is 1: in the loss, a policy finds what the reward model overrates.
+HELD = {"kl_coef": 0.04, "kl_in": "reward", "kl": "k1"}
+CRITIC = Setting({"critic_warmup": 2}, {"kl_coef": 0.02, "value_coef": 0.5})
 SETTINGS: Mapping[str, Setting] = {
     **{name: Setting({}, HELD) for name in ALGORITHMS},
     "ppo": CRITIC,
