@@ -103,6 +103,15 @@ def language_model(train: Sequence[Labelled], tokens: Tokenizer, seed: int) -> T
     return frozen(model), metrics
 
 
+def called_positive(judge: NaiveBayes, examples: Sequence[Labelled]) -> dict[str, float]:
+    """The share that the judge calls positive of sentences that people call positive, and negative."""
+    found = {}
+    for label, name in ((1, "positive"), (0, "negative")):
+        own = [judge(example.text) > 0 for example in examples if example.label == label]
+        found[f"judge_on_{name}"] = sum(own) / len(own)
+    return found
+
+
 def world(seed: int, tune: bool) -> World:
     """Language model, reward model and judge; to tune, a tenth of the training sentences stands for dev."""
     train = read_sst2(DATA / "sst2" / "train.tsv")
@@ -119,7 +128,7 @@ def world(seed: int, tune: bool) -> World:
     for i in range(learner.steps):
         found = learner.step(i)
     judge = NaiveBayes(for_judge)
-    facts = {
+    facts = called_positive(judge, dev) | {
         "reward_accuracy": found["held_out_accuracy"], "judge_accuracy": judge.accuracy(dev), "dev": len(dev),
         "reward_examples": len(for_reward),
         "judge_examples": len(for_judge),

@@ -175,16 +175,20 @@ def sentiment(runs: dict[str, list[Run]]) -> str:
 
 def judges(runs: dict[str, list[Run]]) -> str:
     """The reward model and the judge on SST-2's development set."""
-    lines = []
+    lines, said = [], ""
     for run in runs["sft"]:
-        for what in ("reward", "judge"):
+        for what, label in (("reward", "reward model"), ("judge", "judge (naive Bayes)")):
             share, total = run[f"{what}_accuracy"], run["dev"]
             low, high = wilson(share * total, total)
             lines.append(
-                [{"reward": "reward model", "judge": "judge (naive Bayes)"}[what], str(run["seed"]),
-                 str(run[f"{what}_examples"]), f"{100 * share:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"]
+                [label, str(run["seed"]), str(run[f"{what}_examples"]), f"{100 * share:.1f}",
+                 f"{100 * low:.1f} to {100 * high:.1f}"]
             )  # fmt: skip
-    return table(("", "seed", "examples", "dev accuracy, %", "95 %"), lines)
+        said = (
+            f"The judge calls {100 * run['judge_on_positive']:.1f} % of the positive sentences of the "
+            f"development set positive, and {100 * run['judge_on_negative']:.1f} % of the negative ones."
+        )
+    return table(("", "seed", "examples", "dev accuracy, %", "95 %"), lines) + f"\n\n{said}"
 
 
 def preferences(runs: dict[str, list[Run]]) -> str:
