@@ -76,15 +76,20 @@ def rows_of(runs: dict[str, list[Run]], cells: Callable[[list[Run]], list[str]])
 
 
 def plainly(runs: dict[str, list[Run]], key: str) -> str:
-    """Which rows hardly move what is judged, and which were not run."""
+    """Which rows do not help, and which were not run."""
     points = {
         name: 100 * statistics.mean(run["after"][key] - run["before"][key] for run in some)
         for name, some in runs.items()
         if "before" in some[0]
     }
-    idle = [f"`{name}` ({value:+.1f})" for name, value in points.items() if value < HELP]
-    said = f"Hardly any help here, less than {HELP} points over the start: {', '.join(idle) or 'none'}."
-    return f"{said} {missing(runs)}"
+    said = []
+    for what, chosen in (
+        (f"No help here, within {HELP} points of the start", lambda value: abs(value) < HELP),
+        ("Worse than the start", lambda value: value <= -HELP),
+    ):
+        names = [f"`{name}` ({value:+.1f})" for name, value in points.items() if chosen(value)]
+        said.append(f"{what}: {', '.join(names) or 'none'}.")
+    return f"{' '.join(said)} {missing(runs)}"
 
 
 def bar(what: str, wanted: str, found: str, met: bool) -> list[str]:
