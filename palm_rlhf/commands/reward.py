@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -12,19 +12,22 @@ import tyro
 from torch import Tensor
 
 from palm_rlhf.commands.common import (
-    TOKENIZER,
     WEIGHTS,
+    HFOptions,
+    Loaded,
+    Tuning,
     device,
+    kept_tokenizer,
     load_model,
     metadata,
     tokenizer_metadata,
     weights_file,
 )
 from palm_rlhf.commands.runs import Run
-from palm_rlhf.generation import Generation
+from palm_rlhf.generation import Generation, generate
 from palm_rlhf.rewards import ModelReward, RewardModel, load_reward_model, save_reward_model
-from palm_rlhf.tasks.pairs import read_examples, split_examples
-from palm_rlhf.tokens import FileTokenizer, Tokenizer, check_fits
+from palm_rlhf.tasks.pairs import Labelled, Pair, read_examples, split_examples
+from palm_rlhf.tokens import Tokenizer, check_fits, first_ids, prompt_ids, same_tokens
 from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
 
 
@@ -39,7 +42,8 @@ class Reward:
     """
 
     model: Path
-    """Run or file to start from, such as that of palm-rlhf sft."""
+    """Run or file to start from, such as that of palm-rlhf sft, or a model of transformers: its folder, or
+    hf:NAME with a name on the hub."""
     pairs: Path
     """Examples as JSON lines."""
     out: Path
@@ -48,17 +52,19 @@ class Reward:
     """How many there are, for labels that are bins 0, 1, 2, ...; 0 for pairs and for other labels."""
     held_back: float = 0.1
     """Share of the examples that judge."""
-    lora: bool = True
-    """Learn adapters on the frozen model, not all weights."""
-    lora_r: int = 8
-    """Rank of the adapters."""
+    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     dropout: float = 0.1
     """Of the model, in training."""
+    normalize: int = 0
+    """Make rewards of mean 0 and variance 1 on so many responses of --model, before and after; 0: not."""
+    normalize_tokens: int = 64
+    """Tokens of such a response at most."""
     tokenizer: str | None = None
-    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
+    """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
     config: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
     save_every: int = 100
     """Steps between checkpoints."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -72,21 +78,32 @@ def run(args: Reward, line: str) -> int:
     """Trains, and writes the reward model."""
     folder = Run("reward", args, line, grows="epochs")
     train, judge = split_examples(read_examples(args.pairs), args.held_back, args.config.seed)
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     torch.manual_seed(args.config.seed)
     model = RewardModel(
         loaded.model,
         dropout=args.dropout,
         num_binned_output=args.bins,
-        use_lora=args.lora,
-        lora_r=args.lora_r,
+        use_lora=args.tuning.lora,
+        lora_r=args.tuning.lora_r,
+        lora_targets=args.tuning.lora_targets,
+        lora_alpha=args.tuning.lora_alpha,
+        last_layers=args.tuning.last_layers,
     )
+    samples = _samples(args, loaded, train)
+    if samples is not None:
+        ModelReward(model).normalize_on(samples)
     trainer = RewardTrainer(
         model, train, loaded.tokenizer, config=args.config, held_out=judge, stop=loaded.stop
     )
     rows = folder.train(trainer, ("loss", "accuracy", "held_out_accuracy"), steps=trainer.steps)
+    if samples is not None:
+        mean, deviation = ModelReward(model).normalize_on(samples)
     if not folder.main:
         return 0
+    if samples is not None:
+        said = f"mean {mean:.3f} and deviation {deviation:.3f}, now 0 and 1"
+        print(f"rewards of {len(samples.tokens)} responses after training: {said}")
     kept = tokenizer_metadata(folder.folder, loaded.tokenizer)
     saved = save_reward_model(folder.folder / WEIGHTS, model, stop=loaded.stop, **kept)
     curve = folder.draw(rows, ("loss", "held_out_loss", "accuracy", "held_out_accuracy"), line)
@@ -95,6 +112,26 @@ def run(args: Reward, line: str) -> int:
     print(f"on {len(judge)} held-out examples: " + ", ".join(f"{_said(k)} {v:.4f}" for k, v in found.items()))
     print(f"model  {saved}\n" + (f"curve  {curve}\n" if curve else ""), end="")
     return 0
+
+
+def _samples(args: Reward, loaded: Loaded, examples: Sequence[Pair | Labelled]) -> Generation | None:
+    """What the model that the reward model begins as answers to the prompts; None: not asked for."""
+    if not args.normalize:
+        return None
+    if args.normalize < 2 or args.normalize_tokens < 1:
+        raise ValueError(
+            f"--normalize needs at least 2 responses of at least 1 token, got {args.normalize} of "
+            f"{args.normalize_tokens}"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.config.seed))
+    chosen = [examples[order[i % len(order)]].prompt for i in range(args.normalize)]
+    # A text without a prompt follows the end of another.
+    begin = first_ids(loaded.tokenizer) or [loaded.stop]
+    prompts = [prompt_ids(loaded.tokenizer, text)[-args.config.max_tokens :] or begin for text in chosen]
+    return generate(
+        loaded.model, prompts, max_new_tokens=args.normalize_tokens, stop=loaded.stop,
+        pad=loaded.tokenizer.pad, seeds=range(args.config.seed, args.config.seed + len(prompts)),
+    )  # fmt: skip
 
 
 def _said(name: str) -> str:
@@ -106,12 +143,10 @@ def load_reward(path: Path, tokenizer: Tokenizer, on: str | None) -> Callable[[G
     file = weights_file(path)
     model = load_reward_model(file, device=device(on))
     check_fits(tokenizer, model.palm)
-    named = metadata(file).get("tokenizer")
-    if named is not None:
-        own = file.with_name(TOKENIZER).read_text(encoding="utf-8") if named != "bytes" else None
-        if own != (tokenizer.text if isinstance(tokenizer, FileTokenizer) else None):
-            raise ValueError(
-                f"the reward model {path} reads other tokens ({named}) than the model writes "
-                f"({tokenizer.name}). Train it on a model with the same tokenizer."
-            )
+    kept = metadata(file)
+    if "tokenizer" in kept and not same_tokens(kept_tokenizer(kept, file), tokenizer):
+        raise ValueError(
+            f"the reward model {path} reads other tokens ({kept['tokenizer']}) than the model writes "
+            f"({tokenizer.name}). Train it on a model with the same tokenizer."
+        )
     return ModelReward(model.requires_grad_(False))

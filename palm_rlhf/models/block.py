@@ -12,22 +12,37 @@ from torch import Tensor, nn
 from palm_rlhf.models.cache import KVCache
 from palm_rlhf.models.linear import linear, pack, packed_linear
 from palm_rlhf.models.lora import BlockLoRA
-from rlhf_kernels import RotaryTables, attention, decode_attention, layer_norm, rms_norm, rotary, swiglu
+from rlhf_kernels import (
+    RotaryTables,
+    attention,
+    attention_varlen,
+    decode_attention,
+    layer_norm,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 
 if TYPE_CHECKING:
     from palm_rlhf.models.palm import PaLMConfig
 
 # Of queries and keys that are normalised to length 1.
 QK_SCALE = 8.0
+# In which weight a projection is.
+_WEIGHT = dict.fromkeys(("q", "k", "v", "up", "gate"), "fused") | {"o": "attn_out", "down": "ff_out"}
 
 
 class Context(NamedTuple):
-    """What the blocks of one call share: tables, mask of the keys, and the cache with the slots to fill."""
+    """What the blocks of one call share: tables, mask of the keys, and the cache with the slots to fill.
+
+    Of packed sequences, which are one row, `cu_seqlens` say where each ends.
+    """
 
     tables: RotaryTables
-    key_mask: Tensor | None
-    cache: KVCache | None
-    slots: slice | None
+    key_mask: Tensor | None = None
+    cache: KVCache | None = None
+    slots: slice | None = None
+    cu_seqlens: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -47,6 +62,7 @@ class Block(nn.Module):
         self.attn_dropout, self.ff_dropout = attn_dropout, ff_dropout
         inner, ff_inner = c.heads * c.dim_head, c.dim * c.ff_mult
         self.split = (inner + 2 * c.dim_head, ff_inner, ff_inner)
+        self.heads_split = (inner, c.dim_head, c.dim_head)
         self.gamma = nn.Parameter(torch.zeros(c.dim))
         # 1 + gamma, made once where gamma is fixed. Beside it: a block for sampling may be saved.
         self.gain: Tensor | None = None
@@ -71,15 +87,18 @@ class Block(nn.Module):
         # Split weights, not results: the gradient of a split is a copy of the whole.
         qkv, inner, gate = (linear(normed, weight) for weight in self.fused.weight.split(self.split))
         if lora is not None:
-            qkv = qkv + lora.qkv(normed)
+            if any(lora[number] is not None for number in range(3)):
+                qkv = torch.cat(lora.plus(0, normed, qkv.split(self.heads_split, dim=-1)), dim=-1)
+            inner, gate = lora.plus(4, normed, (inner, gate))
         attended = self._attend(qkv, context, layer)
         inner = swiglu(inner, gate)
         if self.training and self.ff_dropout:
             inner = F.dropout(inner, self.ff_dropout)
         x = x + linear(attended, self.attn_out.weight)
+        out = linear(inner, self.ff_out.weight)
         if lora is not None:
-            x = x + lora[3](attended)
-        return x + linear(inner, self.ff_out.weight)
+            (x,), (out,) = lora.plus(3, attended, (x,)), lora.plus(6, inner, (out,))
+        return x + out
 
     def _attend(self, qkv: Tensor, context: Context, layer: int) -> Tensor:
         """[B, T, H D]: what each head reads."""
@@ -89,6 +108,8 @@ class Block(nn.Module):
         if self.normalized:
             q, k = self._unit(q, self.q_scale), self._unit(k, self.k_scale)
         dropout = self.training and self.attn_dropout
+        if context.cu_seqlens is not None:
+            return self._attend_packed(q, k, v, context)
         if context.cache is None and steps > 1 and not dropout:
             out = attention(
                 q,
@@ -110,6 +131,16 @@ class Block(nn.Module):
         else:
             out = attention(q, k, v, causal=self.causal, key_mask=context.key_mask, scale=self.scale)
         return out.transpose(1, 2).reshape(batch, steps, self.heads * self.dim_head)
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """[1, N, H D]: what each head reads of the sequence that it is in."""
+        if self.training and self.attn_dropout:
+            raise ValueError("PaLM: packed sequences have no attention dropout. Turn it off: set_dropout(0)")
+        rows = (x[0].transpose(0, 1) for x in (q, k, v))
+        out = attention_varlen(
+            *rows, context.cu_seqlens, causal=self.causal, scale=self.scale, rotary=context.tables
+        )
+        return out.view(1, *out.shape[:1], self.heads * self.dim_head)
 
     def _attend_step(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """What the heads of one step read, [B, H, 1, D] or with the middle dimensions exchanged."""
@@ -136,11 +167,23 @@ class Block(nn.Module):
         )
         return out.masked_fill(empty, 0)
 
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Input and output widths of every projection; see `lora.PROJECTIONS`."""
+        (inner, key, value), dim, ff_inner = self.heads_split, len(self.gamma), self.split[1]
+        attention = {"q": (dim, inner), "k": (dim, key), "v": (dim, value), "o": (inner, dim)}
+        return attention | {"up": (dim, ff_inner), "gate": (dim, ff_inner), "down": (ff_inner, dim)}
+
     @torch.no_grad()
     def merge_(self, lora: BlockLoRA) -> None:
         """Adds the adapters to the weights."""
-        self.fused.weight[: self.split[0]].add_(lora.added_to_qkv())
-        self.attn_out.weight.add_(lora.added_to_output())
+        for weight, added in (
+            (self.fused.weight[: self.split[0]], lora.added(0, self.heads_split)),
+            (self.fused.weight[self.split[0] :], lora.added(4, self.split[1:])),
+            (self.attn_out.weight, lora.added(3, self.attn_out.weight.shape[:1])),
+            (self.ff_out.weight, lora.added(6, self.ff_out.weight.shape[:1])),
+        ):
+            if added is not None:
+                weight.add_(added)
 
     @torch.no_grad()
     def merged(self, lora: BlockLoRA | None) -> Block:
@@ -149,7 +192,8 @@ class Block(nn.Module):
         twin.training, twin._modules = False, dict(self._modules)
         twin.gain = self.gamma.to(torch.promote_types(self.gamma.dtype, torch.float32)) + 1
         if lora is not None:
-            for name in ("fused", "attn_out"):
+            touched = {_WEIGHT[name] for name in lora.targets}
+            for name in sorted(touched):
                 own = twin._modules[name] = copy.copy(self._modules[name])
                 own._parameters = {"weight": nn.Parameter(own.weight.clone(), False), "bias": None}
             twin.merge_(lora)

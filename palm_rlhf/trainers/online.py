@@ -5,21 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf.algorithms.estimators import response_kl
-from palm_rlhf.algorithms.objectives import masked_mean
 from palm_rlhf.algorithms.policy import adapted
 from palm_rlhf.algorithms.row import Algorithm, Loss, Outputs, Whole
 from palm_rlhf.generation import Generation, generate, joined
+from palm_rlhf.models.packing import set_packed
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.seeds import drawn_seeds
-from palm_rlhf.trainers.learner import Order, Trainer, linear_share, train_only
+from palm_rlhf.trainers.figures import described
+from palm_rlhf.trainers.learner import Order, Precision, Trainer, forward_pass, linear_share, train_only
+
+if TYPE_CHECKING:
+    from palm_rlhf.rollout.store import RolloutStore
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class OnlineConfig:
     """Responses in one update."""
     micro_batch: int | None = None
     """Responses in one forward pass, to save memory; None: the minibatch."""
+    packed: bool | None = None
+    """Compute no padding in updates: always, never, or (None) where the model can and it pays."""
     policy_lr: float = 1e-4
     """Learning rate of the policy."""
     critic_lr: float = 1e-4
@@ -58,6 +63,8 @@ class OnlineConfig:
     """Rollouts on which the critic learns alone, before the policy does as well."""
     max_grad_norm: float | None = 1.0
     """Clip gradients to this norm, policy and critic apart; None: not."""
+    precision: Precision = "float32"
+    """Of products; with bf16 weights, log-probabilities and losses stay float32."""
     anneal: bool = True
     """Let the learning rates fall to 0 over the run."""
     steps: int = 100
@@ -98,6 +105,7 @@ class OnlineTrainer(Trainer):
         pad: int = 0,
         evaluate: Callable[[Policy, torch.Generator], Mapping[str, float]] | None = None,
         eval_every: int = 0,
+        store: RolloutStore | None = None,
     ) -> None:
         """
         Args:
@@ -110,6 +118,7 @@ class OnlineTrainer(Trainer):
             critic: where the algorithm needs one.
             stop, pad: tokens.
             evaluate: called before the first step and every `eval_every` steps; what it returns is logged.
+            store: keeps every rollout, with its advantages; those of steps that are done again are replaced.
 
         Raises:
             ValueError: there are no prompts, or what the algorithm needs is missing.
@@ -124,9 +133,10 @@ class OnlineTrainer(Trainer):
         self.options = algorithm.options() if options is None else options
         self.policy, self.reference, self.critic = policy, reference, critic
         self.reward, self.prompts, self.stop, self.pad = reward, [list(p) for p in prompts], stop, pad
-        self.evaluate, self.eval_every = evaluate, eval_every
+        self.evaluate, self.eval_every, self.store = evaluate, eval_every, store
         # A ratio of probabilities must not see two masks.
-        set_dropout(0.0, *(model for model in (policy, reference, critic) if model is not None))
+        models = [model for model in (policy, reference, critic) if model is not None]
+        set_dropout(0.0, *models)
         seeds = torch.Generator().manual_seed(config.seed)
         generators = {
             name: torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=seeds)))
@@ -135,6 +145,7 @@ class OnlineTrainer(Trainer):
         # Rollouts that an auxiliary phase will see again, and the values of the policy's own that it learns.
         self._kept: list[Rollout] = []
         self._auxiliary = ValueModel(policy.model, policy.scope) if algorithm.auxiliary else None
+        set_packed(config.packed, *models, *([self._auxiliary] if self._auxiliary else []))
         parts = [part for part in (policy, critic) if part is not None]
         train_only((p for part in parts for p in part.trained()), *parts, *([reference] if reference else ()))
         learned = {"policy": policy.trained()}
@@ -150,6 +161,7 @@ class OnlineTrainer(Trainer):
             generators,
             batch=config.prompts,
             max_grad_norm=config.max_grad_norm,
+            precision=config.precision,
         )
         self._set_rates(0)
 
@@ -169,9 +181,11 @@ class OnlineTrainer(Trainer):
         rollout = self.rollout()
         sampled = time.perf_counter()
         rollout = self.estimated(rollout)
+        if self.store is not None and self.ranks.main:
+            self.store.append(rollout, step=index)
         estimated = time.perf_counter()
         metrics |= self.update(rollout, index)
-        metrics |= self._describe(rollout)
+        metrics |= described(rollout, self.options)
         self.options = adapted(self.options, rollout)
         metrics |= {
             "rollout_seconds": sampled - began,
@@ -197,14 +211,15 @@ class OnlineTrainer(Trainer):
         mine = self.ranks.share(len(whole))
         prompts, seeds = whole[mine], seeds[mine]
         size = max(1, (c.rollout_batch or len(whole) * c.samples) // c.samples)
-        parts = [
-            generate(
-                self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
-                samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop,
-                pad=self.pad, seeds=seeds[start : start + size], scope=self.policy.scope,
-            )
-            for start in range(0, len(prompts), size)
-        ]  # fmt: skip
+        with self.autocast():
+            parts = [
+                generate(
+                    self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
+                    samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+                    stop=self.stop, pad=self.pad, seeds=seeds[start : start + size], scope=self.policy.scope,
+                )
+                for start in range(0, len(prompts), size)
+            ]  # fmt: skip
         scores = [self.reward(part).float() for part in parts]
         device = self.policy.model.device
         found = self.ranks.everyones(list(zip(parts, scores)))
@@ -238,14 +253,15 @@ class OnlineTrainer(Trainer):
     def with_head(self, rollout: Rollout) -> Rollout:
         """The rollout with the tokens that the policy finds most probable now at every place."""
 
-        def head(part: Rollout) -> tuple[Tensor, Tensor]:
-            g = part.generation
-            return self.policy.most_probable(
-                g.tokens, g.mask, g.prompt_width, part.temperature, self.options.head
-            )
-
-        ids, logprob = self._by_all(rollout, head)
+        ids, logprob = self._by_all(rollout, self._most_probable)
         return replace(rollout, head_ids=ids, head_logprob=logprob)
+
+    @forward_pass
+    def _most_probable(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        g = rollout.generation
+        return self.policy.most_probable(
+            g.tokens, g.mask, g.prompt_width, rollout.temperature, self.options.head
+        )
 
     def _by_all(self, rollout: Rollout, score: Callable[[Rollout], Sequence[Tensor]]) -> list[Tensor]:
         """What `score` finds for parts of a rollout, [B, R, ...] each: every process scores its share."""
@@ -261,10 +277,12 @@ class OnlineTrainer(Trainer):
         if share.start < share.stop:
             yield from rollout.rows(share).micro_batches(size)
 
+    @forward_pass
     def _scored(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
         g = rollout.generation
         return policy(g.tokens, g.mask, g.prompt_width, rollout.temperature)
 
+    @forward_pass
     def _values(self, rollout: Rollout, critic: ValueModel) -> tuple[Tensor, Tensor | None]:
         """[B, R]: the value of the state before each token of the response; logits of a critic with bins."""
         g = rollout.generation
@@ -272,6 +290,7 @@ class OnlineTrainer(Trainer):
         first = g.prompt_width - 1
         return values[:, first:], None if logits is None else logits[:, first:]
 
+    @forward_pass
     def outputs(self, rollout: Rollout) -> Outputs:
         """What the learner finds for these responses now."""
         head = None
@@ -336,24 +355,6 @@ class OnlineTrainer(Trainer):
             yield from rollout.minibatches(
                 self.config.minibatch, self._generators["minibatches"], groups=self.algorithm.groups
             )
-
-    def _describe(self, rollout: Rollout) -> dict[str, float]:
-        g, mask = rollout.generation, rollout.mask
-        found = {
-            "reward": rollout.score.mean(),
-            "response_tokens": mask.sum(1).float().mean(),
-            "stopped": g.stopped.float().mean(),
-            "log_mass": masked_mean(g.log_mass, mask),
-        }
-        if rollout.reference_logprob is not None:
-            found["kl"] = masked_mean(rollout.logprob - rollout.reference_logprob, mask)
-            found["kl_response"] = response_kl(rollout).mean()
-            found["kl_coef"] = self.options.kl_coef
-        if rollout.returns is not None and rollout.values is not None:
-            error = masked_mean((rollout.returns - rollout.values).square(), mask)
-            spread = masked_mean((rollout.returns - masked_mean(rollout.returns, mask)).square(), mask)
-            found["explained_variance"] = 1 - error / spread.clamp(min=1e-8)
-        return {name: float(value) for name, value in found.items()}
 
     def modules(self) -> dict[str, nn.Module]:
         """The policy's model, with all its adapters; the critic's too where it is another, and its head."""
