@@ -6,7 +6,7 @@ Importing this needs torch alone. `explain("gae")` says which backend runs an op
 import os
 from typing import TYPE_CHECKING, Any
 
-from rlhf_kernels.ops.advantage import gae, token_advantages
+from rlhf_kernels.ops.advantage import gae, linear_recurrence, token_advantages
 from rlhf_kernels.ops.attention import attention, attention_prefix, attention_varlen, decode_attention
 from rlhf_kernels.ops.loss_head import linear_logprob, logprob
 from rlhf_kernels.ops.norm import layer_norm, rms_norm
@@ -38,6 +38,7 @@ __all__ = [
     "gae",
     "layer_norm",
     "linear_logprob",
+    "linear_recurrence",
     "logprob",
     "masked_normalize",
     "patch",
