@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palm_rlhf.models.protocol import CausalModel
+from palm_rlhf.seeds import seeds_of, uniforms
 from rlhf_kernels import sample
 
 # Rows that have stopped are dropped from the cache once they are this share of it.
@@ -28,6 +29,7 @@ class Generation:
         logprob: [B, R], of each token at the sampling temperature, without truncation; 0 where masked.
         log_mass: [B, R], log of the probability that top-k and top-p kept; 0 where masked.
         stopped: [B], whether the response ended with a stop token.
+        seeds: [B] int64, which reproduce each response by itself; None where one generator served all.
     """
 
     tokens: Tensor
@@ -36,6 +38,7 @@ class Generation:
     logprob: Tensor
     log_mass: Tensor
     stopped: Tensor
+    seeds: Tensor | None = None
 
     @property
     def responses(self) -> Tensor:
@@ -58,8 +61,15 @@ class Generation:
 
     def rows(self, index: Tensor | slice) -> Generation:
         """Some of the rows."""
-        changed = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "prompt_width"}
-        return replace(self, **changed)
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{name: value[index] for name, value in found.items() if isinstance(value, Tensor)}
+        )
+
+    def to(self, device: str | torch.device) -> Generation:
+        """The same on another device."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: x.to(device) for name, x in found.items() if isinstance(x, Tensor)})
 
 
 def joined(parts: Sequence[Generation], pad: int = 0) -> Generation:
@@ -74,6 +84,8 @@ def joined(parts: Sequence[Generation], pad: int = 0) -> Generation:
         for name in ("logprob", "log_mass"):
             found.setdefault(name, []).append(F.pad(getattr(part, name), (0, right)))
         found.setdefault("stopped", []).append(part.stopped)
+    if all(part.seeds is not None for part in parts):
+        found["seeds"] = [part.seeds for part in parts]
     return Generation(prompt_width=width, **{name: torch.cat(tensors) for name, tensors in found.items()})
 
 
@@ -107,6 +119,7 @@ def generate(
     stop: int | Iterable[int] | None = None,
     pad: int = 0,
     generator: torch.Generator | None = None,
+    seeds: Sequence[int] | Tensor | None = None,
     scope: str | None = None,
     cache: bool = True,
     on_token: Callable[[int], None] | None = None,
@@ -125,6 +138,10 @@ def generate(
         stop: token or tokens that end a response. One in the prompt ends nothing.
         pad: token in the slots that are not real.
         generator: of the random numbers.
+        seeds: one for each of the B * samples responses, instead of a generator: a response then follows
+            from the model, its prompt, the sampling options and its own seed. So it can be sampled again by
+            itself (matrix products of other sizes round differently: a draw within 1e-6 of a boundary
+            between two tokens may fall to the other).
         scope: adapters to sample from.
         cache: False computes every step from the start, to check the cache by.
         on_token: called with the number of tokens a row so far, after every step.
@@ -134,9 +151,14 @@ def generate(
 
     Raises:
         TypeError: prompts are floating-point.
-        ValueError: a prompt is empty, a token is out of range, or the model's greatest length is exceeded.
+        ValueError: a prompt is empty, a token is out of range, the model's greatest length is exceeded, there
+            are both seeds and a generator, or not as many seeds as responses.
     """
     tokens, mask = _prompts(model, prompts, mask, max_new_tokens, pad, samples)
+    if seeds is not None:
+        if generator is not None:
+            raise ValueError("generate(): seeds and generator exclude each other: pass one of them")
+        seeds = seeds_of(seeds, len(tokens)).to(tokens.device)
     ends = [stop] if isinstance(stop, int) else sorted(stop or ())
     for name, ids in (("stop", ends), ("pad", [pad])):
         _in_vocabulary(model, name, ids)
@@ -151,11 +173,14 @@ def generate(
             hidden = _uncached(policy, *rows.so_far(steps))
         else:
             hidden = policy.hidden_states(fresh, mask=fresh_mask, cache=kept)[:, -1]
-        uniform = torch.rand(len(tokens), dtype=torch.float64, device=where, generator=generator)
+        if seeds is None:
+            uniform = torch.rand(len(tokens), dtype=torch.float64, device=where, generator=generator)
+            uniform = uniform.to(tokens.device)[rows.live]
+        else:
+            uniform = uniforms(seeds[rows.live], steps)
         drawn = sample(
-            _logits(hidden, head), temperature=temperature, top_k=top_k, top_p=top_p,
-            uniform=uniform.to(tokens.device)[rows.live],
-        )  # fmt: skip
+            _logits(hidden, head), temperature=temperature, top_k=top_k, top_p=top_p, uniform=uniform
+        )
         rows.record(steps, *drawn)
         steps += 1
         if on_token is not None:
@@ -165,7 +190,7 @@ def generate(
         if kept is not None and (keep := rows.drop()) is not None:
             kept.keep(keep)
         fresh, fresh_mask = rows.last(steps), None
-    return rows.generation(steps)
+    return replace(rows.generation(steps), seeds=seeds)
 
 
 class _Rows:

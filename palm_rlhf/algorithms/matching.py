@@ -81,7 +81,7 @@ def target_policy_loss(
         eta: temperature of the target.
     """
     target = group_log_softmax(old_scores.detach() + advantages / eta, group).exp()
-    return -target * group_log_softmax(scores, group)
+    return -target.to(scores.dtype) * group_log_softmax(scores, group)
 
 
 def trajectory_balance_loss(

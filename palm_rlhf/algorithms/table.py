@@ -274,7 +274,9 @@ def ppg_auxiliary(rollout: Rollout, outputs: Outputs, options: PPGOptions, whole
 def tpo_objective(rollout: Rollout, outputs: Outputs, options: TPOOptions, whole: Whole) -> Loss:
     """Cross-entropy of every group with its target, averaged over groups."""
     mask = rollout.mask
-    now, then = (cleared(x, mask).sum(1) for x in (outputs.logprob, rollout.logprob))
+    now = cleared(outputs.logprob, mask).sum(1)
+    # In float64: in float32 the padding would change how the sum is rounded, and its exponential by 1e-6.
+    then = cleared(rollout.logprob, mask).sum(1, dtype=torch.float64)
     # An advantage is the same at every token, and a response has a first one.
     by_response = target_policy_loss(now, then, rollout.advantages[:, 0], rollout.group, eta=options.eta)
     size = torch.unique(rollout.group, return_counts=True)[1].to(by_response.dtype).mean()

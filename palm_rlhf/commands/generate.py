@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from palm_rlhf.commands.common import Loaded, load_model
 from palm_rlhf.commands.train import make_reward
@@ -49,7 +48,7 @@ class Generate:
     reward_model: Path | None = None
     """Run of palm-rlhf reward, for --best-of."""
     seed: int | None = None
-    """Of the random numbers; default: another each time."""
+    """Of the first response; the next has one more. Default: another each time. --json says each."""
     tokenizer: str | None = None
     """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
     device: str | None = None
@@ -71,13 +70,16 @@ def run(args: Generate, line: str) -> int:
     loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
     tokenizer = loaded.tokenizer
     stop = loaded.stop if args.stop is None else _stop(args.stop, tokenizer)
-    generator = torch.Generator()
-    _ = generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    if args.seed is not None and args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {args.seed}")
+    prompts = [tokenizer.encode(text) for text in texts]
+    # 32 bits, so that a seed can be typed again.
+    first = secrets.randbits(32) if args.seed is None else args.seed
+    seeds = range(first, first + len(prompts) * (args.best_of or args.samples))
     options = {
         "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
-        "top_p": args.top_p, "stop": stop, "pad": tokenizer.pad, "generator": generator,
+        "top_p": args.top_p, "stop": stop, "pad": tokenizer.pad, "seeds": seeds,
     }  # fmt: skip
-    prompts = [tokenizer.encode(text) for text in texts]
     if args.best_of is None:
         found, scores = generate(loaded.model, prompts, samples=args.samples, **options), None
     else:
@@ -110,6 +112,7 @@ def _entry(found: Generation, row: int, loaded: Loaded, prompt: str, stop: int) 
         "tokens": int(found.response_mask[row].sum()),
         "logprob": float(found.logprob[row].sum()),
         "stopped": bool(found.stopped[row]),
+        "seed": int(found.seeds[row]),
     }
 
 

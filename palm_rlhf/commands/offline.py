@@ -72,8 +72,10 @@ def run(args: TrainPairs, line: str) -> int:
     )
     before = trainer.evaluate()
     rows = folder.train(trainer, ("loss", "accuracy", "held_out_accuracy"), steps=trainer.steps)
-    saved = save_model(folder.folder, Loaded(merged(policy), loaded.tokenizer, loaded.stop))
     after = trainer.evaluate()
+    if not folder.main:
+        return 0
+    saved = save_model(folder.folder, Loaded(merged(policy), loaded.tokenizer, loaded.stop))
     curve = folder.draw(rows, ("loss", "held_out_loss", "accuracy", "held_out_accuracy", "margin"), line)
     said = ", ".join(
         f"{name} {before[name]:.4f} to {after[name]:.4f}" for name in ("loss", "accuracy", "margin")

@@ -85,6 +85,8 @@ def run(args: Reward, line: str) -> int:
         model, train, loaded.tokenizer, config=args.config, held_out=judge, stop=loaded.stop
     )
     rows = folder.train(trainer, ("loss", "accuracy", "held_out_accuracy"), steps=trainer.steps)
+    if not folder.main:
+        return 0
     kept = tokenizer_metadata(folder.folder, loaded.tokenizer)
     saved = save_reward_model(folder.folder / WEIGHTS, model, stop=loaded.stop, **kept)
     curve = folder.draw(rows, ("loss", "held_out_loss", "accuracy", "held_out_accuracy"), line)

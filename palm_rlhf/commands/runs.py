@@ -13,6 +13,7 @@ from palm_rlhf.models.checkpoint import CheckpointError
 from palm_rlhf.trainers import loop
 from palm_rlhf.trainers.checkpoints import Checkpoints
 from palm_rlhf.trainers.log import RunLog, plot_metrics, read_metrics
+from palm_rlhf.trainers.ranks import ranks
 from rlhf_kernels.runtime.files import write_aside
 
 # What may change when a run is resumed, since no number depends on it.
@@ -27,13 +28,16 @@ class Run:
 
         Args:
             command: such as "sft".
-            args: its dataclass, with the fields `out`, `quiet` and `save_every`.
+            args: its dataclass, with the fields `out`, `quiet` and `save_every`. Of several processes of a
+                launch one is `main`: it alone is to write.
             line: the command line, to resume by.
             grows: the field by which a finished run may go on.
 
         Raises:
             ValueError: `out` is something else, or a run that was begun with other flags.
         """
+        # Before a model chooses its device: each process has its own.
+        self.main = ranks().main
         self.folder, self.line, self.grows = Path(args.out), line, grows
         self.progress, self.save_every = not args.quiet, args.save_every
         self.config = {"command": command, **_flat(json.loads(json.dumps(asdict(args), default=str)))}
@@ -45,9 +49,9 @@ class Run:
             raise ValueError(f"--save-every must be at least 1, got {self.save_every}")
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--out {self.folder} is a file. Choose a folder.")
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
-            return
         file = self.folder / "config.json"
+        if not self.folder.is_dir() or not set(self.folder.iterdir()) - set(self._leftovers()):
+            return
         try:
             before = json.loads(file.read_bytes())
             length = before[self.grows]
@@ -72,6 +76,10 @@ class Run:
                 f"{self.config[self.grows]}: they may only grow."
             )
 
+    def _leftovers(self) -> list[Path]:
+        """What a killed run had written aside and not renamed yet."""
+        return [path for path in self.folder.glob(".*.*") if path.is_file() and path.suffix[1:].isdecimal()]
+
     def train(
         self, learner: loop.Learner, shown: Sequence[str], steps: int | None = None
     ) -> list[dict[str, Any]]:
@@ -82,7 +90,10 @@ class Run:
             ValueError: training failed; the text says where the last checkpoint is.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_aside(self.folder / "config.json", json.dumps(self.config, indent=1))
+        if self.main:
+            for leftover in self._leftovers():
+                leftover.unlink()
+            write_aside(self.folder / "config.json", json.dumps(self.config, indent=1))
         log = RunLog(self.folder, shown=shown)
         try:
             loop.run(

@@ -87,6 +87,8 @@ def run(args: SFT, line: str) -> int:
     samples, held_back = _samples(args, task, loaded.tokenizer, stop)
     trainer = SFTTrainer(loaded.model, samples, held_back, args.config)
     rows = folder.train(trainer, ("loss", "validation_loss"))
+    if not folder.main:
+        return 0
     saved = save_model(folder.folder, Loaded(loaded.model, loaded.tokenizer, stop))
     curve = folder.draw(rows, ("loss", "validation_loss", "lr"), line)
     last = next((row for row in reversed(rows) if row.get("validation_loss") is not None), None)

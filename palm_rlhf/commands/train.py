@@ -141,6 +141,8 @@ def run(args: Train | offline.TrainPairs, line: str) -> int:
         eval_every=args.eval_every,
     )
     rows = folder.train(trainer, ("reward", "kl", "accuracy"))
+    if not folder.main:
+        return 0
     saved = save_model(folder.folder, Loaded(merged(trainer.policy, without=(CRITIC,)), tokenizer, stop))
     drawn = _concluded(trainer, task, rows, folder)
     curve = folder.draw(drawn, ("reward", "accuracy", "kl", "entropy", "response_tokens"), line)

@@ -51,6 +51,11 @@ class Samples:
         )
         return mask & (torch.arange(mask.shape[1]) >= given[:, None])
 
+    def count_learned(self, index: Tensor) -> int:
+        """How many tokens of these samples are to be learned."""
+        given = 1 if self.given is None else self.given[index].clamp(min=1)
+        return int((self.lengths[index] - given).clamp(min=0).sum())
+
     def divided(self, held_back: float, generator: torch.Generator | None = None) -> tuple[Samples, Samples]:
         """Those to train on and those to judge by: the last of them, or with a generator a random share.
 

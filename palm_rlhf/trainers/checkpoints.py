@@ -64,15 +64,26 @@ class Checkpoints:
             torch.save(state, aside / _STATE)
             for file in aside.iterdir():
                 _to_disk(file)
+            _to_disk(aside)
             # Only a run that went back to an earlier checkpoint comes here a second time.
-            shutil.rmtree(path, ignore_errors=True)
+            self._discard(path)
             aside.replace(path)
             _to_disk(self.folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._tidy()
         return path
+
+    def _tidy(self) -> None:
+        for old in self.all()[: -self.keep]:
+            self._discard(old)
+
+    def _discard(self, path: Path) -> None:
+        """Takes the name away first: a folder with half of its files would be taken for a checkpoint."""
+        aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.is_dir():
+            path.replace(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def restore(self, learner: Learner) -> int:
         """Puts the newest checkpoint back and returns its step; 0 where there is none.
@@ -82,6 +93,7 @@ class Checkpoints:
         """
         for leftover in self.folder.glob(".step-*"):  # of a run that was killed while it saved
             shutil.rmtree(leftover, ignore_errors=True)
+        self._tidy()
         path = self.last
         if path is None:
             return 0

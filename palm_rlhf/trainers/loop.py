@@ -19,6 +19,7 @@ from torch import nn
 
 from palm_rlhf.trainers.checkpoints import Checkpoints
 from palm_rlhf.trainers.log import RunLog
+from palm_rlhf.trainers.ranks import ranks
 
 
 class Learner(Protocol):
@@ -79,11 +80,17 @@ def run(
         KeyboardInterrupt: a second one, which does not wait.
         CheckpointError: the last checkpoint is damaged or of another learner.
     """
+    there = ranks()
     with _interruptible() as interrupted:
-        start = checkpoints.restore(learner)
-        log.resume_at(start)
-        with log.progress(learner.name, start, steps, progress) as advance:
+        # The first clears away what was half done.
+        with there.main_first():
+            start = checkpoints.restore(learner)
+            if there.main:
+                log.resume_at(start)
+        with log.progress(learner.name, start, steps, progress and there.main) as advance:
             _steps(learner, log, checkpoints, range(start, steps), save_every, advance, interrupted)
+    # What follows may read what was written.
+    there.wait()
     return max(0, steps - start)
 
 
@@ -96,20 +103,27 @@ def _steps(
     advance: Callable[[Mapping[str, float]], None],
     interrupted: threading.Event,
 ) -> None:
+    there = ranks()
+    if indices and there.any(interrupted.is_set()):
+        raise Interrupted(indices.start, checkpoints.last)
     for index in indices:
-        if interrupted.is_set():  # before the first step
-            raise Interrupted(index, checkpoints.last)
         began = time.perf_counter()
         metrics = dict(learner.step(index))
         metrics["seconds"] = time.perf_counter() - began
-        log.write(index + 1, metrics)
+        if there.main:
+            log.write(index + 1, metrics)
         advance(metrics)
-        last, stop = index + 1 == indices.stop, interrupted.is_set()
+        # A signal reaches one process sooner than another.
+        last, stop = index + 1 == indices.stop, there.any(interrupted.is_set())
         if last or stop or (save_every and (index + 1) % save_every == 0):
-            log.flush()
-            saved = checkpoints.save(learner, index + 1)
+            saved = _saved(learner, log, checkpoints, index + 1) if there.main else None
             if stop and not last:
                 raise Interrupted(index + 1, saved)
+
+
+def _saved(learner: Learner, log: RunLog, checkpoints: Checkpoints, step: int) -> Path:
+    log.flush()
+    return checkpoints.save(learner, step)
 
 
 @contextmanager

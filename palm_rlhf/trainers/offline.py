@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,53 +17,27 @@ from palm_rlhf.generation import left_padded
 from palm_rlhf.models.value import Policy, set_dropout
 from palm_rlhf.tasks.pairs import Pair
 from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.trainers.learner import train_only
+from palm_rlhf.trainers.passes import PassesConfig, PassesTrainer
 
 
 @dataclass(frozen=True)
-class OfflineConfig:
+class OfflineConfig(PassesConfig):
     """How updates are made from pairs, whatever the algorithm."""
 
-    epochs: int = 1
-    """Passes over the pairs."""
-    batch: int = 32
-    """Pairs in one update."""
-    micro_batch: int | None = None
-    """Pairs in one forward pass, to save memory; None: the batch."""
-    lr: float = 1e-4
-    """Learning rate."""
-    warmup: int = 0
-    """Updates over which the learning rate rises."""
-    anneal: bool = True
-    """Let the learning rate fall to 0 over the run."""
-    weight_decay: float = 0.0
-    """AdamW's."""
-    max_grad_norm: float | None = 1.0
-    """Clip gradients to this norm; None: not."""
     max_tokens: int = 512
     """Tokens of prompt and response at most: a prompt loses its beginning, then a response its end."""
     temperature: float = 1.0
     """Divides the logits; that of the sampler, where the responses are the model's own."""
-    stop: bool = True
-    """End every response with the stop token."""
-    eval_every: int = 50
-    """Updates between two looks at the pairs held back; the last update is always followed by one."""
-    seed: int = 0
-    """Of the order of pairs."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
         if self.max_tokens < 2:
             raise ValueError(
                 f"max_tokens must be at least 2, a prompt's and a response's, got {self.max_tokens}"
             )
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
-        for name in ("lr", "temperature"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be above 0, got {value}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
 
 class _Row(NamedTuple):
@@ -84,8 +59,10 @@ class _Row(NamedTuple):
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
-class OfflineTrainer:
+class OfflineTrainer(PassesTrainer):
     """A `Learner`: log-probabilities of both responses, a loss for each pair; AdamW."""
+
+    kind = "pairs"
 
     def __init__(
         self,
@@ -121,71 +98,29 @@ class OfflineTrainer:
                 f"{algorithm.name} learns from differences of rewards, and no pair has one: give each a "
                 '"margin", by how much the chosen response is better'
             )
-        self.name, self.algorithm, self.config = algorithm.name, algorithm, config
+        self.algorithm, self.config = algorithm, config
         self.options = algorithm.options() if options is None else options
         self.policy, self.pad = policy, tokenizer.pad
         self.stop = tokenizer.stop if stop is None else stop
         set_dropout(0.0, *(model for model in (policy, reference) if model is not None))
-        self._rows = self._tokens(pairs, tokenizer)
-        self._held_out = self._tokens(held_out, tokenizer, first=len(pairs))
-        self._queue: list[int] = []
-        self._generator = torch.Generator().manual_seed(config.seed)
+        rows, judge = self._tokens(pairs, tokenizer), self._tokens(held_out, tokenizer, first=len(pairs))
+        super().__init__(algorithm.name, "policy", train_only(policy.trained(), policy), rows, judge, config)
         self._reference = self._reference_scores(policy if reference is None else reference)
-        learned = list(policy.trained())
-        ids = {id(parameter) for parameter in learned}
-        for parameter in policy.parameters():
-            parameter.requires_grad_(id(parameter) in ids)
-        self._optimizer = torch.optim.AdamW(learned, lr=config.lr, eps=1e-5, weight_decay=config.weight_decay)
-
-    @property
-    def steps(self) -> int:
-        """Updates of the whole run."""
-        return self.config.epochs * math.ceil(len(self._rows) / self.config.batch)
-
-    def step(self, index: int) -> dict[str, float]:
-        """One update."""
-        c = self.config
-        rows = [self._rows[i] for i in self._next_indices()]
-        rate = self._set_rate(index)
-        found = self._losses(rows, learn=True)
-        parameters = self._optimizer.param_groups[0]["params"]
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf if c.max_grad_norm is None else c.max_grad_norm)
-        if not (math.isfinite(found["loss"]) and math.isfinite(norm)):
-            raise ValueError(
-                f"the loss is {found['loss']} at step {index + 1}. Lower the learning rate ({c.lr})."
-            )
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        found |= {"lr": rate, "grad_norm": float(norm)}
-        if self._held_out and ((index + 1) % c.eval_every == 0 or index + 1 == self.steps):
-            found |= {f"held_out_{name}": value for name, value in self.evaluate().items()}
-        return found
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Means over the pairs held back: loss, accuracy and margin; ValueError where there are none."""
-        if not self._held_out:
-            raise ValueError("evaluate: no pairs are held back")
-        return self._losses(self._held_out, learn=False)
 
     def _losses(self, rows: Sequence[_Row], learn: bool) -> dict[str, float]:
-        """Means over these pairs; with `learn` the gradients of the mean loss are left in the parameters."""
         divergence = self._divergence(rows)
-        sums: dict[str, float] = {}
-        for part in self._micro_batches(rows):
-            scores = self.scores(part)._replace(divergence=divergence)
-            losses, margin = self.algorithm.objective(scores, self.options)
-            if learn:
-                # Over the number of pairs in the whole update: the parts' sizes differ.
-                (losses.sum() / len(rows)).backward()
-            figures = {
-                "loss": losses, "margin": margin, "accuracy": pair_accuracy(margin, torch.zeros_like(margin)),
-                "chosen_logprob": scores.chosen, "rejected_logprob": scores.rejected,
-            }  # fmt: skip
-            for name, values in figures.items():
-                sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())
-        found = {name: value / len(rows) for name, value in sums.items()}
+        found = self._means(rows, learn, partial(self._examples, divergence=divergence))
         return found | ({"kl": float(divergence)} if self.algorithm.divergence else {})
+
+    def _examples(
+        self, rows: Sequence[_Row], divergence: Tensor | float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = self.scores(rows)._replace(divergence=divergence)
+        losses, margin = self.algorithm.objective(scores, self.options)
+        return losses, {
+            "margin": margin, "accuracy": pair_accuracy(margin, torch.zeros_like(margin)),
+            "chosen_logprob": scores.chosen, "rejected_logprob": scores.rejected,
+        }  # fmt: skip
 
     def scores(self, rows: Sequence[_Row]) -> Scores:
         """What the policy finds for these pairs, and what the reference found."""
@@ -206,11 +141,12 @@ class OfflineTrainer:
         """KL(policy || reference) for an update: mean ratio of responses to other prompts, at least 0."""
         if not self.algorithm.divergence:
             return 0.0
-        total = 0.0
+        total = torch.zeros((), device=self.policy.model.device)
         for part in self._micro_batches(rows):
             mine = self._summed(self.policy, [row.prompt for row in part], [row.other for row in part])
             theirs = self._reference[torch.tensor([row.place for row in part]), 2].to(mine)
             total = total + (mine - theirs).sum()
+        self.ranks.sum([total])
         return (total / len(rows)).clamp(min=0)
 
     @torch.no_grad()
@@ -225,7 +161,8 @@ class OfflineTrainer:
             responses = [row[1 + column] for column in range(columns) for row in part]
             summed = self._summed(reference, [row.prompt for row in part] * columns, responses)
             found[[row.place for row in part]] = summed.view(columns, len(part)).t().float().cpu()
-        return found
+        # Every process has filled the places of its share.
+        return sum(self.ranks.everyones(found))
 
     def _summed(self, policy: Policy, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
         """[B]: log-probabilities of responses after their prompts, which meet in one column."""
@@ -237,13 +174,6 @@ class OfflineTrainer:
         device = policy.model.device
         whole, there = torch.cat([tokens, right], 1).to(device), torch.cat([mask, real], 1).to(device)
         return policy(whole, there, tokens.shape[1], self.config.temperature)[0].sum(1)
-
-    def _micro_batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        """Pairs of like length together: less padding."""
-        size = self.config.micro_batch or self.config.batch
-        ordered = sorted(rows, key=lambda row: row.length)
-        for start in range(0, len(ordered), size):
-            yield ordered[start : start + size]
 
     def _tokens(self, pairs: Sequence[Pair], tokenizer: Tokenizer, first: int = 0) -> list[_Row]:
         end = [self.stop] if self.config.stop else []
@@ -278,40 +208,9 @@ class OfflineTrainer:
         room = limit - max(map(len, responses[:2]))
         return prompt[-room:], *responses[:2], responses[2][: limit - 1]
 
-    def _set_rate(self, index: int) -> float:
-        c = self.config
-        share = (1 - index / self.steps if c.anneal else 1.0) * min(1.0, (index + 1) / (c.warmup + 1))
-        rate = c.lr * max(share, 0.0)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        return rate
-
-    def _next_indices(self) -> list[int]:
-        """The next of a pass, in a fresh order each time; the last batch of a pass may be smaller."""
-        if not self._queue:
-            self._queue = torch.randperm(len(self._rows), generator=self._generator).tolist()
-        taken, self._queue = self._queue[: self.config.batch], self._queue[self.config.batch :]
-        return taken
-
     def modules(self) -> dict[str, nn.Module]:
         """The policy's model, with its adapters."""
         return {"policy": self.policy.model}
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """AdamW."""
-        return {"policy": self._optimizer}
-
-    def generators(self) -> dict[str, torch.Generator]:
-        """Of the order of pairs."""
-        return {"order": self._generator}
-
-    def extra_state(self) -> dict[str, Any]:
-        """The pairs that this pass still has to come to."""
-        return {"queue": list(self._queue)}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes that back."""
-        self._queue = list(state["queue"])
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -18,6 +18,8 @@ from palm_rlhf.algorithms.row import Algorithm, Loss, Outputs, Whole
 from palm_rlhf.generation import Generation, generate, joined
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
+from palm_rlhf.seeds import drawn_seeds
+from palm_rlhf.trainers.learner import Order, Trainer, linear_share, train_only
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class OnlineConfig:
             )
 
 
-class OnlineTrainer:
+class OnlineTrainer(Trainer):
     """A `Learner`: rollout, reward, advantages, updates."""
 
     def __init__(
@@ -118,7 +120,7 @@ class OnlineTrainer:
             if getattr(algorithm, needed) and given is None:
                 raise ValueError(f"{algorithm.name} needs a {needed}, got none")
         _check_samples(algorithm, config)
-        self.name, self.algorithm, self.config = algorithm.name, algorithm, config
+        self.algorithm, self.config = algorithm, config
         self.options = algorithm.options() if options is None else options
         self.policy, self.reference, self.critic = policy, reference, critic
         self.reward, self.prompts, self.stop, self.pad = reward, [list(p) for p in prompts], stop, pad
@@ -126,33 +128,37 @@ class OnlineTrainer:
         # A ratio of probabilities must not see two masks.
         set_dropout(0.0, *(model for model in (policy, reference, critic) if model is not None))
         seeds = torch.Generator().manual_seed(config.seed)
-        self._generators = {
+        generators = {
             name: torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=seeds)))
             for name in ("prompts", "sampling", "minibatches", "evaluation")
         }
-        self._queue: list[int] = []
         # Rollouts that an auxiliary phase will see again, and the values of the policy's own that it learns.
         self._kept: list[Rollout] = []
         self._auxiliary = ValueModel(policy.model, policy.scope) if algorithm.auxiliary else None
-        self._require_gradients()
-        # Larger than PyTorch's default: TensorFlow's Adam, with which PPO was tuned, divides by more.
-        self._optimizers = {"policy": torch.optim.Adam(list(policy.trained()), lr=config.policy_lr, eps=1e-5)}
+        parts = [part for part in (policy, critic) if part is not None]
+        train_only((p for part in parts for p in part.trained()), *parts, *([reference] if reference else ()))
+        learned = {"policy": policy.trained()}
         if critic is not None:
-            self._optimizers["critic"] = torch.optim.Adam(
-                list(critic.trained()), lr=config.critic_lr, eps=1e-5
-            )
+            learned["critic"] = critic.trained()
         if self._auxiliary is not None:
-            self._optimizers["auxiliary"] = torch.optim.Adam(
-                self._auxiliary.value_head.parameters(), lr=config.policy_lr, eps=1e-5
-            )
+            learned["auxiliary"] = self._auxiliary.value_head.parameters()
+        super().__init__(
+            algorithm.name,
+            Order(len(prompts), generators["prompts"], across=True),
+            # eps as in TensorFlow's Adam, with which PPO was tuned: it divides by more than PyTorch's.
+            {name: torch.optim.Adam(list(found), eps=1e-5) for name, found in learned.items()},
+            generators,
+            batch=config.prompts,
+            max_grad_norm=config.max_grad_norm,
+        )
+        self._set_rates(0)
 
-    def _require_gradients(self) -> None:
-        """Only what learns has gradients: with adapters the backbone has none."""
-        parts = [part for part in (self.policy, self.critic) if part is not None]
-        trained = {id(p) for part in parts for p in part.trained()}
-        for part in (*parts, self.reference):
-            for parameter in part.parameters() if part is not None else ():
-                parameter.requires_grad_(id(parameter) in trained)
+    def rates(self, index: int) -> dict[str, float]:
+        """A warm-up, then a line to 0."""
+        c = self.config
+        share = linear_share(index, c.steps, warmup=c.warmup, anneal=c.anneal)
+        rates = {"policy": c.policy_lr, "critic": c.critic_lr, "auxiliary": c.policy_lr}
+        return {name: rate * share for name, rate in rates.items()}
 
     def step(self, index: int) -> dict[str, float]:
         """One rollout and the updates on it."""
@@ -181,25 +187,30 @@ class OnlineTrainer:
 
     def next_prompts(self) -> list[list[int]]:
         """Every prompt once before any comes again, in a fresh order each time."""
-        while len(self._queue) < self.config.prompts:
-            self._queue += torch.randperm(len(self.prompts), generator=self._generators["prompts"]).tolist()
-        taken, self._queue = self._queue[: self.config.prompts], self._queue[self.config.prompts :]
-        return [self.prompts[i] for i in taken]
+        return [self.prompts[i] for i in self._next_indices()]
 
     def rollout(self) -> Rollout:
         """Responses to the next prompts, with their scores."""
-        c, prompts = self.config, self.next_prompts()
-        size = max(1, (c.rollout_batch or len(prompts) * c.samples) // c.samples)
+        c, whole = self.config, self.next_prompts()
+        # One for each response, so that the responses do not depend on which process samples them.
+        seeds = drawn_seeds(len(whole) * c.samples, self._generators["sampling"]).view(len(whole), -1)
+        mine = self.ranks.share(len(whole))
+        prompts, seeds = whole[mine], seeds[mine]
+        size = max(1, (c.rollout_batch or len(whole) * c.samples) // c.samples)
         parts = [
             generate(
                 self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
                 samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop,
-                pad=self.pad, generator=self._generators["sampling"], scope=self.policy.scope,
+                pad=self.pad, seeds=seeds[start : start + size], scope=self.policy.scope,
             )
             for start in range(0, len(prompts), size)
         ]  # fmt: skip
-        generation = parts[0] if len(parts) == 1 else joined(parts, self.pad)
-        score = self.reward(generation).float()
+        scores = [self.reward(part).float() for part in parts]
+        device = self.policy.model.device
+        found = self.ranks.everyones(list(zip(parts, scores)))
+        parts, scores = zip(*(pair for pairs in found for pair in pairs))
+        generation = joined([part.to(device) for part in parts], self.pad)
+        score = torch.cat([score.to(device) for score in scores])
         if not bool(torch.isfinite(score).all()):
             raise ValueError(
                 f"a reward is not finite: {score.tolist()[:8]}. Check the reward model or function."
@@ -212,14 +223,13 @@ class OnlineTrainer:
     @torch.no_grad()
     def estimated(self, rollout: Rollout) -> Rollout:
         """The rollout with reference log-probabilities, values, advantages and returns."""
-        found: dict[str, list[Tensor]] = {"reference_logprob": [], "values": []}
-        for part in rollout.micro_batches(self.config.micro_batch or self.config.minibatch):
-            missing = (0, rollout.mask.shape[1] - part.mask.shape[1])
-            if self.algorithm.reference:
-                found["reference_logprob"].append(F.pad(self._scored(self.reference, part)[0], missing))
-            if self.algorithm.critic:
-                found["values"].append(F.pad(self._values(part, self.critic)[0], missing))
-        rollout = replace(rollout, **{name: torch.cat(parts) for name, parts in found.items() if parts})
+        scored: dict[str, Callable[[Rollout], Tensor]] = {}
+        if self.algorithm.reference:
+            scored["reference_logprob"] = lambda part: self._scored(self.reference, part)[0]
+        if self.algorithm.critic:
+            scored["values"] = lambda part: self._values(part, self.critic)[0]
+        found = self._by_all(rollout, lambda part: [score(part) for score in scored.values()])
+        rollout = replace(rollout, **dict(zip(scored, found)))
         advantages, returns = self.algorithm.estimator(rollout, self.options)
         rollout = replace(rollout, advantages=advantages, returns=returns)
         return self.with_head(rollout) if self.algorithm.head else rollout
@@ -227,16 +237,29 @@ class OnlineTrainer:
     @torch.no_grad()
     def with_head(self, rollout: Rollout) -> Rollout:
         """The rollout with the tokens that the policy finds most probable now at every place."""
-        found = []
-        for part in rollout.micro_batches(self.config.micro_batch or self.config.minibatch):
+
+        def head(part: Rollout) -> tuple[Tensor, Tensor]:
             g = part.generation
-            head = self.policy.most_probable(
+            return self.policy.most_probable(
                 g.tokens, g.mask, g.prompt_width, part.temperature, self.options.head
             )
-            missing = (0, 0, 0, rollout.mask.shape[1] - part.mask.shape[1])
-            found.append([F.pad(x, missing) for x in head])
-        ids, logprob = (torch.cat(parts) for parts in zip(*found))
+
+        ids, logprob = self._by_all(rollout, head)
         return replace(rollout, head_ids=ids, head_logprob=logprob)
+
+    def _by_all(self, rollout: Rollout, score: Callable[[Rollout], Sequence[Tensor]]) -> list[Tensor]:
+        """What `score` finds for parts of a rollout, [B, R, ...] each: every process scores its share."""
+        found = []
+        for part in self._share(rollout, self.config.micro_batch or self.config.minibatch):
+            short = rollout.mask.shape[1] - part.mask.shape[1]
+            found.append([F.pad(x, (0, 0) * (x.dim() - 2) + (0, short)) for x in score(part)])
+        return self.ranks.joined([torch.cat(parts) for parts in zip(*found)], rollout.score.device)
+
+    def _share(self, rollout: Rollout, size: int | None) -> Iterator[Rollout]:
+        """The part of a rollout that this process computes, at most `size` responses at a time."""
+        share = self.ranks.share(len(rollout), self.config.samples if self.algorithm.groups else 1)
+        if share.start < share.stop:
+            yield from rollout.rows(share).micro_batches(size)
 
     def _scored(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
         g = rollout.generation
@@ -299,37 +322,20 @@ class OnlineTrainer:
         updates = 0
         for minibatch in minibatches:
             whole = Whole(minibatch.mask.sum(), len(minibatch), self.config.max_new_tokens)
-            for part in minibatch.micro_batches(self.config.micro_batch):
+            for part in self._share(minibatch, self.config.micro_batch):
                 loss = objective(part, outputs(part), self.options, whole)
                 loss.total.backward()
                 for name, value in loss.metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
-            self._apply(index)
+            self._apply(index, without=("policy",) if index < self.config.critic_warmup else ())
             updates += 1
-        return {name: float(value) / updates for name, value in sums.items()}
+        return self.ranks.summed({name: float(value) / updates for name, value in sums.items()})
 
     def _minibatches(self, rollout: Rollout, epochs: int) -> Iterator[Rollout]:
         for _ in range(epochs):
             yield from rollout.minibatches(
                 self.config.minibatch, self._generators["minibatches"], groups=self.algorithm.groups
             )
-
-    def _set_rates(self, index: int) -> None:
-        c = self.config
-        rates = {"policy": c.policy_lr, "critic": c.critic_lr, "auxiliary": c.policy_lr}
-        share = (1 - index / c.steps if c.anneal else 1.0) * min(1.0, (index + 1) / (c.warmup + 1))
-        for name, optimizer in self._optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = rates[name] * max(share, 0.0)
-
-    def _apply(self, index: int) -> None:
-        for name, optimizer in self._optimizers.items():
-            if self.config.max_grad_norm is not None:
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-            if name != "policy" or index >= self.config.critic_warmup:
-                optimizer.step()
-            optimizer.zero_grad()
 
     def _describe(self, rollout: Rollout) -> dict[str, float]:
         g, mask = rollout.generation, rollout.mask
@@ -361,22 +367,14 @@ class OnlineTrainer:
             found["reference"] = self.reference.model
         return found
 
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Of policy and critic."""
-        return self._optimizers
-
-    def generators(self) -> dict[str, torch.Generator]:
-        """Of prompts, sampling, minibatches and evaluation."""
-        return self._generators
-
     def extra_state(self) -> dict[str, Any]:
         """The prompts that this round still has to come to, the weight of the KL term, rollouts kept."""
         kept = [rollout.state() for rollout in self._kept]
-        return {"queue": list(self._queue), "kl_coef": self.options.kl_coef, "kept": kept}
+        return super().extra_state() | {"kl_coef": self.options.kl_coef, "kept": kept}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Takes that back."""
-        self._queue = list(state["queue"])
+        super().load_extra_state(state)
         self._kept = [Rollout.from_state(rollout) for rollout in state["kept"]]
         if self.options.kl_target is not None:
             self.options = replace(self.options, kl_coef=state["kl_coef"])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +13,16 @@ from palm_rlhf.algorithms.preferences import bradley_terry_loss, expected_value,
 from palm_rlhf.rewards.model import RewardModel
 from palm_rlhf.tasks.pairs import Labelled, Pair
 from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.trainers.learner import train_only
+from palm_rlhf.trainers.passes import PassesConfig, PassesTrainer
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """How preferences are learned, from pairs and labels alike."""
+class RewardConfig(PassesConfig):
+    """How preferences are learned, from pairs and labels alike; reward models overfit in a second pass."""
 
-    epochs: int = 1
-    """Passes over the examples; reward models overfit in the second."""
-    batch: int = 32
-    """Examples in one update; a pair is one."""
-    micro_batch: int | None = None
-    """Examples in one forward pass, to save memory; None: the batch."""
-    lr: float = 1e-4
-    """Learning rate of the first update."""
-    anneal: bool = True
-    """Let the learning rate fall to 0 over the run."""
-    weight_decay: float = 0.0
-    """AdamW's."""
-    max_grad_norm: float | None = 1.0
-    """Clip gradients to this norm; None: not."""
     max_tokens: int = 512
     """Tokens of a text at most, prompt and stop token included; longer ones lose their beginning."""
-    stop: bool = True
-    """End every text with the stop token, as a finished response does."""
-    eval_every: int = 50
-    """Updates between two looks at the examples held back; the last update is always followed by one."""
-    seed: int = 0
-    """Of the order of examples."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "max_tokens", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be above 0, got {self.lr}")
 
 
 class _Text(NamedTuple):
@@ -69,10 +41,8 @@ class _Row(NamedTuple):
         return max(len(text.tokens) for text in self.texts)
 
 
-class RewardTrainer:
+class RewardTrainer(PassesTrainer):
     """A `Learner`: Bradley-Terry on pairs, cross-entropy or squared error on labels; AdamW."""
-
-    name = "reward"
 
     def __init__(
         self,
@@ -109,74 +79,18 @@ class RewardTrainer:
         # Without prompts the model must not learn that all is response: it will see prompts.
         self._prompts = any(example.prompt for example in everything)
         end = [] if not config.stop else [tokenizer.stop if stop is None else stop]
-        self._rows = [self._row(example, tokenizer, end) for example in examples]
-        self._held_out = [self._row(example, tokenizer, end) for example in held_out]
-        self._queue: list[int] = []
-        self._generator = torch.Generator().manual_seed(config.seed)
-        learned = model.finetune_parameters()
-        ids = {id(parameter) for parameter in learned}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in ids)
-        # eps as in Ziegler et al., 2019: TensorFlow's Adam divides by more than PyTorch's.
-        self._optimizer = torch.optim.AdamW(learned, lr=config.lr, eps=1e-5, weight_decay=config.weight_decay)
+        rows, judge = ([self._row(x, tokenizer, end) for x in given] for given in (examples, held_out))
+        learned = train_only(model.finetune_parameters(), model)
+        super().__init__("reward", "reward", learned, rows, judge, config)
 
-    @property
-    def steps(self) -> int:
-        """Updates of the whole run."""
-        return self.config.epochs * math.ceil(len(self._rows) / self.config.batch)
+    def _learning(self, on: bool) -> None:
+        self.model.train(on)
 
-    def step(self, index: int) -> dict[str, float]:
-        """One update."""
-        c = self.config
-        self.model.train()
-        rows = [self._rows[i] for i in self._next_indices()]
-        rate = c.lr * max(0.0, 1 - index / self.steps) if c.anneal else c.lr
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        sums: dict[str, float] = {}
-        for part in self._micro_batches(rows):
-            losses, figures = self._losses(part)
-            # Over the number of examples in the whole update: the parts' sizes differ.
-            (losses.sum() / len(rows)).backward()
-            _add(sums, {"loss": losses, **figures})
-        parameters = self._optimizer.param_groups[0]["params"]
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf if c.max_grad_norm is None else c.max_grad_norm)
-        if not (math.isfinite(sums["loss"]) and math.isfinite(norm)):
-            raise ValueError(
-                f"the loss is {sums['loss'] / len(rows)} at step {index + 1}. "
-                f"Lower the learning rate ({c.lr})."
-            )
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        found = {name: value / len(rows) for name, value in sums.items()} | {
-            "lr": rate,
-            "grad_norm": float(norm),
-        }
-        if self._held_out and ((index + 1) % c.eval_every == 0 or index + 1 == self.steps):
-            found |= {f"held_out_{name}": value for name, value in self.evaluate().items()}
-        return found
+    def _examples(self, rows: Sequence[_Row]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each example; of pairs their accuracy and difference, of labels the absolute error.
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Means over the examples held back, without dropout.
-
-        The loss; of pairs the accuracy and the difference of rewards; of labels the absolute error and, in
-        bins, the accuracy.
-
-        Raises:
-            ValueError: nothing is held back.
+        Of labels in bins the accuracy as well.
         """
-        if not self._held_out:
-            raise ValueError("evaluate: no examples are held back")
-        self.model.eval()
-        sums: dict[str, float] = {}
-        for part in self._micro_batches(self._held_out):
-            losses, figures = self._losses(part)
-            _add(sums, {"loss": losses, **figures})
-        return {name: value / len(self._held_out) for name, value in sums.items()}
-
-    def _losses(self, rows: Sequence[_Row]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each example, and figures of each to log."""
         tokens, mask, prompt_mask = self._batch(
             [row.texts[k] for k in range(len(rows[0].texts)) for row in rows]
         )
@@ -213,13 +127,6 @@ class RewardTrainer:
         device = self.model.palm.device
         return tokens.to(device), mask.to(device), prompts.to(device) if self._prompts else None
 
-    def _micro_batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        """Texts of like length together: less padding."""
-        size = self.config.micro_batch or self.config.batch
-        ordered = sorted(rows, key=lambda row: row.length)
-        for start in range(0, len(ordered), size):
-            yield ordered[start : start + size]
-
     def _row(self, example: Pair | Labelled, tokenizer: Tokenizer, end: list[int]) -> _Row:
         prompt = tokenizer.encode(example.prompt)
         responses = (example.chosen, example.rejected) if isinstance(example, Pair) else (example.text,)
@@ -251,34 +158,6 @@ class RewardTrainer:
         tokens = tokens[-limit:]
         return _Text(tokens, max(0, len(tokens) - len(response)))
 
-    def _next_indices(self) -> list[int]:
-        """The next of a pass, in a fresh order each time; the last batch of a pass may be smaller."""
-        if not self._queue:
-            self._queue = torch.randperm(len(self._rows), generator=self._generator).tolist()
-        taken, self._queue = self._queue[: self.config.batch], self._queue[self.config.batch :]
-        return taken
-
     def modules(self) -> dict[str, nn.Module]:
         """The reward model, its backbone included."""
         return {"reward": self.model}
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """AdamW."""
-        return {"reward": self._optimizer}
-
-    def generators(self) -> dict[str, torch.Generator]:
-        """Of the order of examples."""
-        return {"order": self._generator}
-
-    def extra_state(self) -> dict[str, Any]:
-        """The examples that this pass still has to come to."""
-        return {"queue": list(self._queue)}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes that back."""
-        self._queue = list(state["queue"])
-
-
-def _add(sums: dict[str, float], figures: dict[str, Tensor]) -> None:
-    for name, values in figures.items():
-        sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())

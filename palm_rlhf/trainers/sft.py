@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from palm_rlhf.algorithms.objectives import masked_mean
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import Policy
 from palm_rlhf.tasks.text import Samples
+from palm_rlhf.trainers.learner import Order, Trainer, train_only
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,8 @@ class SFTConfig:
         return self.lr * (self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
 
-class SFTTrainer:
+class SFTTrainer(Trainer):
     """A `Learner`: cross entropy of the next token, AdamW, warm-up and cosine."""
-
-    name = "sft"
 
     def __init__(
         self,
@@ -99,48 +97,52 @@ class SFTTrainer:
             samples,
             held_back if held_back is not None and len(held_back) else None,
         )
-        self._order = torch.empty(0, dtype=torch.int64)
-        self._generator = torch.Generator().manual_seed(config.seed)
-        learned = {id(p) for p in self.policy.trained()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in learned)
+        generator = torch.Generator().manual_seed(config.seed)
+        train_only(self.policy.trained(), model)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        self._optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+        super().__init__(
+            "sft",
+            Order(len(samples), generator, across=True),
+            {"model": torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))},
+            {"order": generator},
+            batch=config.batch,
+            max_grad_norm=config.max_grad_norm,
+        )
+
+    def rates(self, index: int) -> dict[str, float]:
+        """A warm-up, then half a cosine."""
+        return {"model": self.config.rate(index)}
 
     def step(self, index: int) -> dict[str, float]:
         """One update."""
         c = self.config
         began = time.perf_counter()
         self.model.train()
-        batches = [self._batch(self.samples, self._next_indices()) for _ in range(c.accumulate)]
+        taken = [torch.tensor(self._next_indices()) for _ in range(c.accumulate)]
         # Of the whole update: with a mean for each part, tokens in short samples would weigh more.
-        count = sum(int(learned.sum()) for _, _, learned in batches)
-        rate = c.rate(index)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        loss = 0.0
-        for batch in batches:
-            part = self._loss_sum(*batch) / count
-            part.backward()
-            loss += float(part.detach())
-        norm = nn.utils.clip_grad_norm_(
-            [p for group in self._optimizer.param_groups for p in group["params"]],
-            math.inf if c.max_grad_norm is None else c.max_grad_norm,
-        )
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} at step {index + 1}. Lower the learning rate ({c.lr}).")
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        found = {"loss": loss, "lr": rate, "grad_norm": float(norm)}
+        count = sum(map(self.samples.count_learned, taken))
+        self._set_rates(index)
+        loss = self.ranks.summed({"loss": sum(self._learn(index, count) for index in taken)})["loss"]
+        norm = self._apply(index, loss)["model"]
+        found = {"loss": loss, "lr": c.rate(index), "grad_norm": norm}
         found["tokens_per_second"] = count / (time.perf_counter() - began)
         if self.held_back is not None and ((index + 1) % c.eval_every == 0 or index + 1 == c.steps):
             found["validation_loss"] = self.validation_loss()
             found["validation_perplexity"] = math.exp(min(found["validation_loss"], 700.0))
         return found
+
+    def _learn(self, indices: Tensor, count: int) -> float:
+        """This process's share of a batch: its loss over the tokens of the update; leaves its gradients."""
+        mine = indices[self.ranks.share(len(indices))]
+        if not len(mine):
+            return 0.0
+        loss = self._loss_sum(*self._batch(self.samples, mine)) / count
+        loss.backward()
+        return float(loss.detach())
 
     def _batch(self, samples: Samples, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, mask, and which tokens are learned: [B, L] each."""
@@ -149,15 +151,6 @@ class SFTTrainer:
 
     def _loss_sum(self, tokens: Tensor, mask: Tensor, learned: Tensor) -> Tensor:
         return -masked_mean(self.policy(tokens, mask, prompt_width=1)[0], learned[:, 1:], 1.0)
-
-    def _next_indices(self) -> Tensor:
-        """Every sample once before any comes again, in a fresh order each time."""
-        while len(self._order) < self.config.batch:
-            self._order = torch.cat(
-                [self._order, torch.randperm(len(self.samples), generator=self._generator)]
-            )
-        taken, self._order = self._order.split((self.config.batch, len(self._order) - self.config.batch))
-        return taken
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -169,32 +162,11 @@ class SFTTrainer:
         if self.held_back is None:
             raise ValueError("validation_loss: no samples are held back")
         self.model.eval()
-        total, count = 0.0, 0
-        for index in torch.arange(min(len(self.held_back), self.config.eval_samples)).split(
-            self.config.batch
-        ):
-            batch = self._batch(self.held_back, index)
-            total += float(self._loss_sum(*batch))
-            count += int(batch[2].sum())
-        return total / count
+        total, whole = 0.0, torch.arange(min(len(self.held_back), self.config.eval_samples))
+        for index in whole[self.ranks.share(len(whole))].split(self.config.batch):
+            total += float(self._loss_sum(*self._batch(self.held_back, index)))
+        return self.ranks.summed({"": total})[""] / self.held_back.count_learned(whole)
 
     def modules(self) -> dict[str, nn.Module]:
         """The model."""
         return {"model": self.model}
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """AdamW."""
-        return {"model": self._optimizer}
-
-    def generators(self) -> dict[str, torch.Generator]:
-        """Of the order of samples."""
-        return {"order": self._generator}
-
-    def extra_state(self) -> dict[str, Any]:
-        """The samples that this round still has to come to."""
-        # A copy: a slice would be saved with all that it is a slice of.
-        return {"order": self._order.clone()}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes that back."""
-        self._order = state["order"].clone()

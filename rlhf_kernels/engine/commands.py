@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from rlhf_kernels.engine import baselines, campaign, select, show, store, table, tune
+from rlhf_kernels.engine import baselines, campaign, roofs, select, show, store, table, tune
 from rlhf_kernels.engine import doctor as examination
 from rlhf_kernels.engine.clock import Limits
 from rlhf_kernels.engine.conditions import WorkerError, running
-from rlhf_kernels.engine.fingerprint import fingerprint
+from rlhf_kernels.engine.fingerprint import fingerprint, machine_id
 from rlhf_kernels.engine.implementations import names
 from rlhf_kernels.engine.row import Row, dtype_name
 from rlhf_kernels.engine.select import UsageError
@@ -175,6 +175,8 @@ def bench(args: argparse.Namespace) -> int:
         for _ in range(args.runs):
             gathered.append({})
             campaign.bench(chosen, wanted, place, tell, processes, baseline, gathered[-1])
+    if known_roofs := roofs.remembered(machine_id(run.fingerprint)):
+        run.roofs = dataclasses.asdict(known_roofs)
     runs = _repeated(run, gathered)
     run.rows = merged_rows(runs)
     write(args, *runs)
@@ -260,8 +262,9 @@ def budget(args: argparse.Namespace) -> int:
     where |= {"changelog": args.changelog} if args.changelog else {}
     try:
         rows = guards.run(
-            args.ops, args.target, args.kind, args.update, args.reason, package=args.specs, **where
-        )
+            args.ops, args.target, args.kind, args.update, args.reason,
+            package=args.specs, changed=args.changed, **where,
+        )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from None
     found = fingerprint("cpu") | {"tools": guards.tools()}

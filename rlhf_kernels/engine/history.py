@@ -25,7 +25,7 @@ from itertools import pairwise
 from typing import Any
 
 from rlhf_kernels.engine import stats
-from rlhf_kernels.engine.results import Entry, Machine, figures
+from rlhf_kernels.engine.results import Entry, Machine
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.show import short
 
@@ -54,7 +54,7 @@ def _share(row: Row) -> tuple[float, float, float] | None:
 
 def _figure(name: str) -> Value:
     def value(row: Row) -> tuple[float, float, float] | None:
-        found = figures(row).get(name)
+        found = row.figures.get(name)
         return (found,) * 3 if found else None
 
     return value

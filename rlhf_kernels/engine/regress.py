@@ -16,7 +16,7 @@ from rlhf_kernels.engine import store
 from rlhf_kernels.engine.bench import DIRECTIONS, FORWARD
 from rlhf_kernels.engine.campaign import Place
 from rlhf_kernels.engine.compare import Gate, Report, compare
-from rlhf_kernels.engine.revisions import build, checkouts, top_of
+from rlhf_kernels.engine.revisions import build, checkouts, git, top_of
 from rlhf_kernels.engine.select import Measurement, UsageError
 from rlhf_kernels.engine.turns import SIDES, Side, Target, Turns, pairs_needed
 from rlhf_kernels.runtime.files import ROOT, cache_directory
@@ -27,11 +27,13 @@ _DOUBLINGS = 2
 
 
 def package_directory(package: str) -> Path:
-    """The directory that a package of specs is imported from.
+    """The directory that a package of specs is imported from, or that a file of specs is in.
 
     Raises:
         UsageError: there is no such package.
     """
+    if package.endswith(".py"):
+        return Path(package).resolve().parent
     top = package.partition(".")[0]
     found = importlib.util.find_spec(top)
     if found is None or not found.origin:
@@ -132,13 +134,20 @@ class Regression:
         inside = tree / start.relative_to(self.repository)
         # This package comes along for those who measure kernels of their own.
         paths = (inside,) if start == ROOT else (inside, ROOT)
-        return Side(tree, paths, {"RLHF_KERNELS_CACHE": str(cache_directory().resolve())})
+        package = self.place.package
+        if package.endswith(".py"):  # what it imports may lie beside it or at the top
+            package, paths = str(inside / Path(package).name), (inside, tree, *paths[1:])
+        return Side(tree, paths, {"RLHF_KERNELS_CACHE": str(cache_directory().resolve())}, package)
 
     def _from_the_worktrees(self) -> None:
+        """Refuses what was imported from elsewhere: both sides would then be the same code."""
+        tracked = {self.repository / name for name in git(self.repository, "ls-files").splitlines()}
         for side in SIDES:
-            file, tree = self.turns.hello[side]["file"], self.turns.sides[side].directory
-            if not Path(file).resolve().is_relative_to(tree.resolve()):
-                raise UsageError(f"{side} imported {file}, expected a file below {tree}: check PYTHONPATH")
+            tree, files = self.turns.sides[side].directory, self.turns.hello[side]["files"]
+            if wrong := sorted(tracked & {Path(file).resolve() for file in files}):
+                raise UsageError(
+                    f"{side} imported {wrong[0]}, expected its copy below {tree}: check PYTHONPATH"
+                )
 
     def runs(self) -> list[store.Run]:
         """Base's and head's run, of one session; empty where nothing was finished."""

@@ -60,16 +60,16 @@ class Machine:
         found: dict[tuple[Any, ...], Entry] = {}
         timed = {number for number, run in self.runs if any(row.median_us for row in run.rows)}
         for entry in self.entries():
-            if not figures(entry.row):
+            if not entry.row.figures:
                 found[(*entry.row.key, entry.number in timed)] = entry
         return sorted(found.values(), key=lambda e: (e.row.op, e.row.case, e.row.dtype, e.row.direction))
 
     def budgets(self) -> list[dict[str, Any]]:
         """The newest row of each budgeted kernel, as `rlhf-kernels budget --json` prints it."""
-        found = {entry.row.key: entry.row for entry in self.entries() if figures(entry.row)}
+        found = {entry.row.key: entry.row for entry in self.entries() if entry.row.figures}
         names = ("op", "impl", "case", "device", "status", "reason")
         return [
-            {name: getattr(row, name) for name in names} | figures(row) | row.notes for row in found.values()
+            {name: getattr(row, name) for name in names} | row.figures | row.notes for row in found.values()
         ]
 
 
@@ -96,11 +96,6 @@ class Results:
             machine.fingerprint = run.fingerprint
             machine.runs.append((number, run))
         return sorted(found.values(), key=lambda m: -sum(len(run.rows) for _, run in m.runs))
-
-
-def figures(row: Row) -> dict[str, int]:
-    """What `budget` found of a kernel; empty for a row of anything else."""
-    return getattr(row, "figures", None) or {}
 
 
 def load(paths: Sequence[Path]) -> Results:
@@ -130,6 +125,11 @@ def load(paths: Sequence[Path]) -> Results:
             notes.append(f"{path.name}: {broken} line{'s' * (broken > 1)} could not be read.")
         files.append(path)
         runs += found
+    # An older revision measured again, beside its head: what it was on its day is another run.
+    again = sum(run.side == "base" for run in runs)
+    if again:
+        notes.append(f"{again} of {len(runs)} runs are the base of `regress` and were left out.")
+    runs = [run for run in runs if run.side != "base"]
     if not runs:
         raise UsageError(f"no result in {', '.join(map(str, paths))}: expected *.jsonl files of bench --out")
     incomplete = sum(not run.complete for run in runs)

@@ -42,6 +42,11 @@ class Roofs:
     copy: dict[int, float] = field(default_factory=dict)
     matmul: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, value: Any) -> Roofs:
+        """Reads what a file holds; KeyError, TypeError, ValueError or AttributeError where it is no roofs."""
+        return cls({int(n): float(rate) for n, rate in value["copy"].items()}, dict(value["matmul"]))
+
     def rate(self, dtype: torch.dtype) -> float:
         """Operations a second; 16-bit numbers can always be computed with in float32."""
         own = self.matmul[dtype_name(dtype)]
@@ -84,10 +89,7 @@ def _read(path: Any) -> dict[str, Roofs]:
     try:
         content = json.loads(path.read_text())
         machines = content["machines"] if content["schema"] == SCHEMA else {}
-        return {
-            name: Roofs({int(n): rate for n, rate in one["copy"].items()}, one["matmul"])
-            for name, one in machines.items()
-        }
+        return {name: Roofs.from_json(one) for name, one in machines.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

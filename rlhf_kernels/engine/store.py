@@ -26,6 +26,7 @@ class Run:
         fingerprint: machine, versions and build.
         rows: the results.
         outcomes: what `tune` found, as JSON values.
+        roofs: of the machine, as `bench` measured them (`roofs.Roofs` in JSON values); else empty.
         started: UTC, ISO 8601.
         complete: whether it was left to finish.
         session: shared by the runs of one command: several of the same code show the machine's noise, and the
@@ -41,14 +42,16 @@ class Run:
     complete: bool = True
     session: str = field(default_factory=lambda: secrets.token_hex(6))
     side: str = ""
+    roofs: dict[str, Any] = field(default_factory=dict)
 
     def header(self) -> dict[str, Any]:
         """The line before the rows."""
-        return {
+        found = {
             "kind": "run", "schema": SCHEMA, "command": self.command, "started": self.started,
             "complete": self.complete, "session": self.session, "side": self.side,
             "fingerprint": self.fingerprint,
         }  # fmt: skip
+        return found | ({"roofs": self.roofs} if self.roofs else {})
 
     def to_json(self) -> dict[str, Any]:
         """Header and rows as one value."""
@@ -123,7 +126,7 @@ def _run(path: Path, value: dict[str, Any]) -> Run:
         raise ValueError(
             f"{path} holds schema {schema}, this version reads up to {SCHEMA}: upgrade rlhf-kernels"
         )
-    known = {"command": "", "fingerprint": {}, "started": "", "complete": False}
+    known = {"command": "", "fingerprint": {}, "started": "", "complete": False, "roofs": {}}
     run = Run(**{name: value.get(name, default) for name, default in known.items()})
     # Runs from before sessions stand alone.
     run.session, run.side = value.get("session") or run.session, value.get("side", "")

@@ -56,11 +56,13 @@ class Side:
         directory: the process starts there.
         paths: what comes first on its module search path.
         environment: further variables.
+        package: of the specs, where it is not the place's: a file lies elsewhere on each side.
     """
 
     directory: Path
     paths: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    package: str | None = None
 
 
 class Worker:
@@ -80,7 +82,8 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._words,
             start_new_session=True,  # Ctrl-C is for the parent, which keeps what there is
         )  # fmt: skip
-        self._send({"device": place.device, "threads": place.threads, "package": place.package})
+        package = side.package or place.package
+        self._send({"device": place.device, "threads": place.threads, "package": package})
 
     def ask(self, do: str, **content: Any) -> dict[str, Any]:
         """One request and its answer."""

@@ -7,7 +7,6 @@ the same way; specs, checks and clock are those of the revision. One JSON line a
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import os
 import sys
@@ -40,13 +39,13 @@ class Side:
         torch.set_num_threads(threads)
         self.device, self.threads = torch.device(device), threads
         self.specs, self.clock = load_specs(package), clock_for(self.device)
-        self.package = importlib.import_module(package)
         self.contender: Contender | None = None
 
     def hello(self) -> dict[str, Any]:
-        """Which code and machine this is."""
-        found = fingerprint(self.device.type, self.threads)
-        return {"file": self.package.__file__, "fingerprint": found}
+        """Which machine this is, and the files of all that was imported from outside of this Python."""
+        files = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+        own = sorted(file for file in files if file and not file.startswith((sys.prefix, sys.base_prefix)))
+        return {"files": own, "fingerprint": fingerprint(self.device.type, self.threads)}
 
     def prepare(self, target: list[str], check: bool) -> dict[str, Any]:
         """Makes inputs and a warmed-up call; `seconds` of one call where the row is ok."""

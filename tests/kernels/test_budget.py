@@ -46,7 +46,7 @@ def planted(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", budget.KINDS)
 def test_every_kernel_is_within_its_budget(kind):
-    rows = budget.run(kinds=[kind])
+    rows = budget.run(kinds=[kind], changed=True)
     bad = [row for row in rows if row["status"] in ("incorrect", "error")]
     assert not bad, "\n".join(f"{r['op']}/{r['case']}/{r['device']}: {r['reason']}" for r in bad)
     if unavailable := [row["reason"] for row in rows if row["status"] == "unavailable"]:
@@ -89,6 +89,23 @@ def test_planted_faults_of_triton_kernels_are_found(planted):
     # What is at fault is not written down, so it cannot be excused.
     budgets = Ledger.load("planted", planted.folder).budgets
     assert {key.split("/")[1] for key in budgets} == {"healthy", "aligned", "unaligned"}
+
+
+def test_what_is_as_it_was_recorded_is_not_compiled_again(planted):
+    _needs("triton")
+
+    def taken_from_the_record():
+        rows = planted(kinds=["triton"], targets=["sm_90"], changed=True)
+        assert {row["case"] for row in rows if row["status"] != "ok"} == {"lost_hgmma", "spills", "aborts"}
+        return {row["case"] for row in rows if row.get("recorded")}
+
+    planted(kinds=["triton"], targets=["sm_90"], update=True)
+    assert taken_from_the_record() == {"healthy", "unaligned"}, "all but what is at fault and the first"
+    ledger = Ledger.load("planted", planted.folder)
+    (key,) = (key for key in ledger.sources if "/healthy/" in key)
+    ledger.sources[key] = "of another source"
+    ledger.save()
+    assert taken_from_the_record() == {"unaligned"}
 
 
 SPILLING = """
@@ -230,7 +247,7 @@ class Pretended:
     def owners(self, specs):
         return [(spec.family, spec.name) for spec in specs]
 
-    def measure(self, specs, targets, package):
+    def measure(self, specs, targets, package, recorded):
         for name, registers in self.figures.items():
             yield Measured(
                 "planted", "planted", "triton", name, "sm_90", {"registers": registers, "tensor_core": 4}

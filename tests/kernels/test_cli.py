@@ -171,6 +171,8 @@ def test_bench_json_and_store(run, known_roofs, tmp_path):
     assert wrong["median_us"] is None
     (kept,), _ = store.read(tmp_path / "a.jsonl")
     assert len(kept.rows) == len(result["rows"])
+    assert kept.roofs["copy"], "a page made elsewhere draws this machine's roofs"
+    assert kept.roofs["matmul"]
 
 
 @needs_native

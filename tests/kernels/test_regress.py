@@ -3,6 +3,7 @@
 import random
 import subprocess
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,25 @@ def test_specs_outside_of_the_repository(repository):
     assert regress.top_for("own_ops.spec", None) == repository
 
 
+def test_a_file_of_specs_is_that_of_the_worktree(repository):
+    commit = revisions.commit_of(repository, "HEAD")
+    place = Place(package=str(repository / "own_ops" / "spec.py"))
+    found = regress.Regression(repository, (commit, commit), place, [])
+    with revisions.checkouts(repository, [commit]) as trees:
+        side = found._side(trees[commit])
+        found.turns = regress.Turns(dict.fromkeys(regress.SIDES, side), place)
+        found.turns.pair(0, [])
+        found._from_the_worktrees()
+        files = found.turns.hello["base"]["files"]
+        assert {str(trees[commit] / "own_ops" / name) for name in ("spec.py", "reference.py")} <= {*files}
+        # What the file imports now comes from the checkout itself.
+        astray = Worker(replace(side, directory=repository, paths=()), place)
+        found.turns.hello["head"] = astray.ask("hello")
+        astray.close()
+        with pytest.raises(UsageError, match=r"head imported .*own_ops/.*\.py, expected its copy below"):
+            found._from_the_worktrees()
+
+
 class Synthetic(regress.Turns):
     """Samples of known truth in place of processes; notes what was asked for."""
 
@@ -162,7 +182,7 @@ class Synthetic(regress.Turns):
     def pair(self, number, targets, tell=lambda target: None):
         self.asked.append((number, [target.impl for target in targets]))
         self.hello = {
-            side: {"file": str(one.directory / "x"), "fingerprint": {}} for side, one in self.sides.items()
+            side: {"files": [str(one.directory / "x")], "fingerprint": {}} for side, one in self.sides.items()
         }
         draw = random.Random(number)
         for target in targets:

@@ -154,6 +154,13 @@ def test_roofs_of_this_machine_are_drawn(swiglu, monkeypatch, tmp_path):
     (tmp_path / "roofs.json").write_text(json.dumps({"schema": roofs.SCHEMA, "machines": machines}))
     assert roofs.remembered(name).matmul == {"float32": 77e9}
     assert roofs.remembered("another") is None
+    (machine,) = results.Results([], swiglu, []).machines()
+    assert report._roofs(machine).matmul == {"float32": 77e9}
+    store.append(
+        tmp_path / "kept.jsonl", dataclasses.replace(swiglu[1], roofs=machines[name] | {"matmul": {}})
+    )
+    (machine,) = results.Results([], store.read(tmp_path / "kept.jsonl")[0], []).machines()
+    assert report._roofs(machine) == roofs.Roofs({1 << 16: 4e9}), "what the results hold comes first"
 
 
 def test_implementations_look_the_same_in_every_figure():
@@ -208,6 +215,14 @@ def test_a_directory_leaves_out_what_is_no_result(stored, tmp_path):
     found = results.load([tmp_path])
     assert found.files == [stored]
     assert found.notes == ["other.jsonl holds no run and was left out."]
+
+
+def test_the_base_of_regress_is_no_run_of_its_day(swiglu, tmp_path):
+    for side in ("base", "head"):
+        store.append(tmp_path / "r.jsonl", dataclasses.replace(swiglu[1], side=side))
+    found = results.load([tmp_path / "r.jsonl"])
+    assert [run.side for run in found.runs] == ["head"]
+    assert found.notes == ["1 of 2 runs are the base of `regress` and were left out."]
 
 
 def test_without_the_extra_it_says_what_to_install(command, stored, monkeypatch, tmp_path):

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.generation import Generation, best_of, generate, left_padded
+from palm_rlhf.generation import Generation, best_of, generate, joined, left_padded
 from palm_rlhf.models.value import Policy
+from palm_rlhf.seeds import _STEP, _mixed, uniforms
 
 # Of different lengths, so that all but one are padded on the left.
 PROMPTS = [[3, 4, 5, 6, 7, 8], [9], [10, 11, 12], [1, 2, 1, 2], [5, 5]]
@@ -241,6 +242,51 @@ def test_a_generator_gives_the_same_again(palm):
     assert torch.equal(draw(None), first)
 
 
+def test_a_response_follows_from_its_seed_alone(palm):
+    """Among others, alone, with samples beside it, in a longer run: the same seed is the same response."""
+    seeds = [7, 2**62, 7, 0, 2**32 + 7]
+    options = {"max_new_tokens": 12, "temperature": 1.2, "stop": [4, 5, 6]}
+    together = generate(palm, PROMPTS, seeds=seeds, **options)
+    assert together.seeds.tolist() == seeds
+    assert {len(together.response(row)) for row in range(5)} != {12}, "some stop early"
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, seeds)):
+        alone = generate(palm, [prompt], seeds=torch.tensor([seed]), **options)
+        assert alone.response(0) == together.response(row)
+        count = len(alone.response(0))
+        torch.testing.assert_close(alone.logprob[0], together.logprob[row, :count], atol=1e-5, rtol=0)
+    several = generate(palm, [PROMPTS[1], PROMPTS[3]], samples=3, seeds=[1, 2, 3, 4, 0, 6], **options)
+    assert several.response(4) == together.response(3)
+    assert len({tuple(several.response(row)) for row in range(3)}) == 3
+    short = generate(palm, PROMPTS, seeds=seeds, **(options | {"max_new_tokens": 5}))
+    assert all(short.response(row) == together.response(row)[:5] for row in range(5))
+    whole = joined([together.rows(slice(0, 2)), together.rows(slice(2, 5))])
+    assert whole.seeds.tolist() == together.rows(slice(None)).seeds.tolist() == seeds
+
+
+def test_seeds_give_independent_uniform_numbers():
+    """Each seed's numbers, and those of neighbouring seeds, by chi-squared and correlation (4 sigma)."""
+    seeds = torch.cat([torch.arange(1000), 2**32 * torch.arange(1, 1001), 2**63 - 1 - torch.arange(1000)])
+    drawn = torch.stack([uniforms(seeds, step) for step in range(64)], 1)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    counts = torch.histc(drawn, 100, 0, 1)
+    expected = drawn.numel() / 100
+    assert ((counts - expected).square() / expected).sum() < 99 + 4 * (2 * 99) ** 0.5
+    assert drawn.unique().numel() == drawn.numel(), "no seed walks another's sequence"
+    centred = drawn - 0.5
+    pairs = {"steps": (centred[:, :-1], centred[:, 1:]), "seeds": (centred[:-1], centred[1:])}
+    for name, (first, second) in pairs.items():
+        correlation = 12 * (first * second).mean()
+        assert abs(correlation) < 4 / first.numel() ** 0.5, name
+
+
+def test_splitmix_is_the_published_one():
+    """The first numbers of seed 1234567 as published with the reference code, from an unmixed state."""
+    state = torch.tensor([1234567]) + _STEP * torch.arange(1, 4)
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert (_mixed(state).tolist()) == [x if x < 2**63 else x - 2**64 for x in expected]
+
+
 def test_tokens_are_drawn_with_the_probabilities_of_the_model(palm):
     g = generate(palm, [[3, 4]], samples=4000, max_new_tokens=1, temperature=0.8, generator=seeded())
     expected = F.softmax(palm(torch.tensor([[3, 4]]))[0, -1] / 0.8, -1)
@@ -330,6 +376,10 @@ def test_a_generation_gives_prompts_and_responses_without_padding(palm):
         ([[1]], {"stop": [2, -5]}, "stop"),
         ([[1]], {"pad": 99}, "pad"),
         ([[1]], {"scope": "nobody"}, "nobody"),
+        ([[1]], {"seeds": [1], "generator": seeded()}, "exclude each other"),
+        ([[1], [2]], {"seeds": [1, 2, 3], "samples": 2}, "each of the 4 responses .* got 3"),
+        ([[1]], {"seeds": [-1]}, "from 0 to 9223372036854775807, got -1"),
+        ([[1]], {"seeds": [0.5]}, "integers, got 0.5"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told(palm, prompts, options, error):

@@ -63,7 +63,7 @@ def figures(folder):
 def same_bits(one, other):
     for name, tensor in one.model.state_dict().items():
         assert torch.equal(tensor, other.model.state_dict()[name]), name
-    for mine, theirs in zip(one._optimizer.state.values(), other._optimizer.state.values(), strict=True):
+    for mine, theirs in zip(*(t.optimizers()["model"].state.values() for t in (one, other)), strict=True):
         for name in mine:
             assert torch.equal(mine[name], theirs[name]), name
 

@@ -92,6 +92,11 @@ def test_generate_repeats_with_a_seed_and_stops_where_the_texts_did(made, capsys
     stopped = [row for row in rows if row["stopped"]]
     assert stopped
     assert all("\n" not in row["response"] and row["logprob"] < 0 for row in stopped)
+    assert [row["seed"] for row in rows] == [3, 4, 5, 6]
+    alone = ("generate", "--model", made / "sft", "--prompt", "3*4=", "--seed", 6, "--json")
+    assert called(*alone, "--max-new-tokens", 300) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["response"] == rows[3]["response"], "its seed reproduces it alone"
 
 
 def test_best_of_takes_the_response_with_the_highest_reward(made, capsys):

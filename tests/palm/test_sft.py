@@ -74,7 +74,7 @@ def test_accumulation_divides_by_the_tokens_of_the_whole_update():
 def test_every_sample_comes_once_before_any_comes_again():
     samples = stacked(*((chr(97 + i), 1) for i in range(7)))
     trainer = SFTTrainer(tiny(), samples, None, SFTConfig(batch=3))
-    drawn = torch.cat([trainer._next_indices() for _ in range(7)]).tolist()
+    drawn = [index for _ in range(7) for index in trainer._next_indices()]
     assert [sorted(drawn[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
     assert drawn[:7] != drawn[7:14]
 

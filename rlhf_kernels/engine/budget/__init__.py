@@ -40,6 +40,7 @@ def run(
     package: str = "rlhf_kernels.ops",
     directory: Path | None = None,
     changelog: Path | None = None,
+    changed: bool = False,
 ) -> list[dict[str, Any]]:
     """Measures kernels and compares them with their budgets.
 
@@ -52,6 +53,8 @@ def run(
         package: where the specs are.
         directory: where the budgets are; of one's own specs, `budgets/` beside them, where none is given.
         changelog: where a reason goes; CHANGELOG.md beside one's own specs.
+        changed: compile only the Triton kernels whose source, declaration or compiler is another than when
+            their figures were recorded, and the first kernel of every op and target whatever its source.
 
     Returns:
         One row a kernel, configuration and target: op, impl, case, device, status, reason, the figures with
@@ -69,11 +72,12 @@ def run(
     if update and directory == DIRECTORY and not CSRC.is_dir():
         raise ValueError("budgets are updated in a checkout of the sources, and this is an installed package")
     compilers = {kind: tool for kind, tool in tools().items() if kind in kinds}
-    measured = [one for kind in kinds for one in _measure(kind, chosen, targets, package)]
+    ledgers = [Ledger.load(family, directory) for family in sorted({spec.family for spec in chosen})]
+    recorded = _recorded(ledgers) if changed else {}
+    measured = [one for kind in kinds for one in _measure(kind, chosen, targets, package, recorded)]
 
     rows: list[dict[str, Any]] = []
     loosened: list[str] = []
-    ledgers = [Ledger.load(family, directory) for family in sorted({spec.family for spec in chosen})]
     for ledger in ledgers:
         family = ledger.path.stem
         own = sorted((one for one in measured if one.family == family), key=lambda one: one.key)
@@ -128,12 +132,26 @@ def stored(row: Mapping[str, Any]) -> Row:
     )  # fmt: skip
 
 
-def _measure(kind: str, specs: list[OpSpec], targets: list[str], package: str) -> list[Measured]:
+def _recorded(ledgers: Iterable[Ledger]) -> dict[str, Mapping[str, int]]:
+    """Digest -> figures of what need not be compiled again: not of the first of every op and target."""
+    found: dict[str, Mapping[str, int]] = {}
+    for ledger in ledgers:
+        first: dict[tuple[str, str], str] = {}
+        for key in sorted(ledger.sources):
+            one = _owner(key)
+            if first.setdefault((one.op, one.target), key) != key:
+                found[ledger.sources[key]] = ledger.budgets[key]
+    return found
+
+
+def _measure(
+    kind: str, specs: list[OpSpec], targets: list[str], package: str, recorded: Mapping[str, Any]
+) -> list[Measured]:
     """Every kernel of a kind; where that is impossible, one row an op (or family) that says why."""
     status, why = "unavailable", KINDS[kind].missing()
     if why is None:
         try:
-            return list(KINDS[kind].measure(specs, targets, package))
+            return list(KINDS[kind].measure(specs, targets, package, recorded))
         except RuntimeError as error:
             status, why = "error", str(error)
     owners = KINDS[kind].owners(specs)

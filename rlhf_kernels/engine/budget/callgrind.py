@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,10 @@ def recorded(kernel: HostKernel) -> list[tuple[str, tuple[Any, ...], dict[str, A
     return recorder.calls
 
 
-def measure(specs: Sequence[OpSpec], targets: Sequence[str], package: str) -> Iterator[Measured]:
-    """Every host kernel of these specs, if LEVEL is among the targets."""
+def measure(
+    specs: Sequence[OpSpec], targets: Sequence[str], package: str, recorded: Mapping[str, Any]
+) -> Iterator[Measured]:
+    """Every host kernel of these specs, if LEVEL is among the targets; all are counted."""
     kernels = [(spec, kernel, recorded(kernel)) for spec in specs for kernel in spec.host_kernels]
     if not kernels or LEVEL not in targets:
         return

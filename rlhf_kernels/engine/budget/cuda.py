@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -66,8 +66,10 @@ def sources(families: Iterable[str]) -> list[Path]:
     return [path for family in sorted(set(families)) if (path := CSRC / family / "cuda.cu").is_file()]
 
 
-def measure(specs: Sequence[OpSpec], targets: Sequence[str], package: str) -> Iterator[Measured]:
-    """Every kernel of these specs' families, for those of the targets that nvcc serves."""
+def measure(
+    specs: Sequence[OpSpec], targets: Sequence[str], package: str, recorded: Mapping[str, Any]
+) -> Iterator[Measured]:
+    """Every kernel of these specs' families, for those of the targets that nvcc serves; all are compiled."""
     if not set(targets) & set(TARGETS):
         return
     with ThreadPoolExecutor(2) as pool:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rlhf_kernels.engine.budget.measured import Measured
 from rlhf_kernels.runtime.files import write_aside
@@ -45,11 +46,13 @@ class Ledger:
         path: its file, which may not exist yet.
         tools: kind of kernel -> the compiler that its figures were recorded with.
         budgets: "<op>/<kernel and configuration>/<target>" -> figures.
+        sources: of the same kernels, a digest of what the figures were compiled from and by.
     """
 
     path: Path
     tools: dict[str, str] = field(default_factory=dict)
     budgets: dict[str, dict[str, int]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, family: str, directory: Path = DIRECTORY) -> Ledger:
@@ -58,18 +61,15 @@ class Ledger:
         if not path.is_file():
             return cls(path)
         content = json.loads(path.read_text())
-        return cls(path, content["tools"], content["budgets"])
+        return cls(path, content["tools"], content["budgets"], content.get("sources", {}))
 
     def save(self) -> None:
         """Writes the file, sorted, one budget a line; a room without budgets has none."""
         if not self.budgets:
             return self.path.unlink(missing_ok=True)
-        lines = [
-            f"  {json.dumps(key)}: {json.dumps(self.budgets[key], sort_keys=True)}"
-            for key in sorted(self.budgets)
-        ]
-        joined, tools = ",\n".join(lines), json.dumps(self.tools, sort_keys=True)
-        write_aside(self.path, f'{{\n "tools": {tools},\n "budgets": {{\n{joined}\n }}\n}}\n')
+        tools = json.dumps(self.tools, sort_keys=True)
+        budgets, sources = _lines(self.budgets), _lines(self.sources)
+        write_aside(self.path, f'{{\n "tools": {tools},\n "budgets": {budgets},\n "sources": {sources}\n}}\n')
 
     def update(
         self, measured: Iterable[Measured], gone: Iterable[str], tools: Mapping[str, str]
@@ -81,6 +81,8 @@ class Ledger:
         """
         loosened = [f"{key} dropped" for key in gone if self.budgets.pop(key, None) is not None]
         for one in measured:
+            if one.source:
+                self.sources[one.key] = one.source
             old, new = self.budgets.get(one.key, one.figures), dict(one.figures)
             if broken := excess(new, old):
                 loosened.append(f"{one.key} ({'; '.join(broken)})")
@@ -88,7 +90,14 @@ class Ledger:
                 new |= {name: min(new[name], old[name]) for name in TOLERANCE if name in new}
             self.budgets[one.key] = new
         self.tools |= tools
+        self.sources = {key: source for key, source in self.sources.items() if key in self.budgets}
         return loosened
+
+
+def _lines(values: Mapping[str, Any]) -> str:
+    """A JSON object with one line per key, sorted."""
+    lines = [f"  {json.dumps(key)}: {json.dumps(values[key], sort_keys=True)}" for key in sorted(values)]
+    return "{\n" + ",\n".join(lines) + "\n }" if lines else "{}"
 
 
 def note_in_changelog(path: Path, loosened: list[str], reason: str) -> None:

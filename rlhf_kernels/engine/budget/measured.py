@@ -30,6 +30,7 @@ class Measured:
         faults: what no budget excuses.
         status: ok, unavailable or error; without figures unless ok.
         reason: why it is not ok.
+        source: digest of all that the figures depend on, where the kind has one for every kernel.
     """
 
     family: str
@@ -42,6 +43,7 @@ class Measured:
     faults: tuple[str, ...] = ()
     status: str = "ok"
     reason: str = ""
+    source: str = ""
 
     @property
     def key(self) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,10 +36,16 @@ def tool() -> str:
     return f"triton {importlib.metadata.version('triton')}"
 
 
-def measure(specs: Sequence[OpSpec], targets: Sequence[str], package: str) -> Iterator[Measured]:
-    """Every kernel of these specs for those of the targets that Triton serves."""
+def measure(
+    specs: Sequence[OpSpec], targets: Sequence[str], package: str, recorded: Mapping[str, Any]
+) -> Iterator[Measured]:
+    """Every kernel of these specs for those of the targets that Triton serves.
+
+    A kernel whose source is among the recorded (digest -> figures) has those figures and is not compiled.
+    """
     workers = max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
     request = {"package": package, "ops": [spec.name for spec in specs], "targets": list(targets)}
+    request["recorded"] = dict(recorded)
     if not set(targets) & set(TARGETS):
         return
     with ThreadPoolExecutor(workers) as pool:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,15 @@ class Compiled:
 
     def measured(self) -> Measured:
         """The row of a kernel whose answer is known."""
+        if self.answer["notes"].get("recorded"):  # what had a fault was not written down
+            return dataclasses.replace(self.one, **self.answer)
         reading = machine.Reading(**self.answer)
         found = machine.faults(self.one.target, reading, self.build.tensor_core)
         return dataclasses.replace(self.one, **self.answer, faults=tuple(found))
 
 
 def main() -> None:
-    """Reads the request from standard input: package, ops, targets, share (which, of how many), skip."""
+    """Reads the request: package, ops, targets, share (which, of how many), skip, recorded."""
     request = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else is printed goes elsewhere
@@ -73,7 +75,7 @@ def main() -> None:
                 continue
             tell("start", one)
             try:
-                found = compile_one(one, build)
+                found = compile_one(one, build, request["recorded"])
             except Exception as error:  # whatever a compiler raises belongs in this kernel's row
                 first = next(iter(str(error).strip().splitlines()), "")
                 tell(
@@ -98,8 +100,8 @@ def _builds(request: dict[str, Any]) -> Iterator[tuple[OpSpec, KernelBuild]]:
                     yield spec, build
 
 
-def compile_one(one: Measured, build: KernelBuild) -> Compiled:
-    """Asks the cache, then the compiler."""
+def compile_one(one: Measured, build: KernelBuild, recorded: Mapping[str, Mapping[str, Any]]) -> Compiled:
+    """Asks what is recorded of this source, then the cache, then the compiler."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -107,6 +109,9 @@ def compile_one(one: Measured, build: KernelBuild) -> Compiled:
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     readers = (Path(__file__), Path(machine.__file__))
     key = digest(source.hash(), build.target, options, triton.__version__, *readers)
+    one = dataclasses.replace(one, source=key[:16])
+    if key[:16] in recorded:
+        return Compiled(one, build, key, {"figures": recorded[key[:16]], "notes": {"recorded": True}})
     found = Compiled(one, build, key, recall(key))
     if found.answer is None:
         amd = build.target.startswith("gfx")

@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,11 @@ def _worth_drawing(found: Sequence[history.Series]) -> list[history.Series]:
 
 
 def _roofs(machine: Machine) -> roofs.Roofs | None:
-    """The roofs measured on this machine, where the cache still knows them."""
+    """The roofs that the newest run with any holds; of older results, those that this machine still knows."""
+    for _, run in reversed(machine.runs):
+        if run.roofs:
+            with suppress(KeyError, TypeError, ValueError, AttributeError):
+                return roofs.Roofs.from_json(run.roofs)
     return roofs.remembered(machine_id(machine.fingerprint))
 
 

@@ -1,0 +1,144 @@
+"""What every trainer has: its data in turn, optimizers, sources of randomness, and the state of them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from palm_rlhf.trainers.ranks import ranks
+
+
+class Order:
+    """Which examples come next: each once before any comes again, in a fresh order each time."""
+
+    def __init__(self, count: int, generator: torch.Generator, *, across: bool) -> None:
+        """Of `count` examples. `across`: a batch may reach into the next pass; else the last is smaller."""
+        self.count, self.generator, self.across = count, generator, across
+        self.rest = torch.empty(0, dtype=torch.int64)
+
+    def next(self, size: int) -> list[int]:
+        """The indices of the next batch."""
+        while len(self.rest) < (size if self.across else 1):
+            self.rest = torch.cat([self.rest, torch.randperm(self.count, generator=self.generator)])
+        taken, self.rest = self.rest[:size], self.rest[size:]
+        return taken.tolist()
+
+
+class Trainer:
+    """A `loop.Learner` but for `step` and `modules`."""
+
+    def __init__(
+        self,
+        name: str,
+        order: Order,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        generators: Mapping[str, torch.Generator],
+        *,
+        batch: int,
+        max_grad_norm: float | None,
+    ) -> None:
+        """
+        Args:
+            name: of the learner. order: of its data.
+            optimizers: by the names of what they update.
+            generators: all sources of randomness, the order's among them.
+            batch: examples that are taken at a time.
+            max_grad_norm: what the gradients of each optimizer are clipped to; None: they are not.
+        """
+        self.name, self._order, self._batch_size = name, order, batch
+        self._optimizers, self._generators = dict(optimizers), dict(generators)
+        self._max_grad_norm, self.ranks = max_grad_norm, ranks()
+
+    def rates(self, index: int) -> Mapping[str, float]:
+        """The learning rate of each optimizer in the step with this index."""
+        raise NotImplementedError
+
+    def _set_rates(self, index: int) -> None:
+        rates = self.rates(index)
+        for name, optimizer in self._optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name]
+
+    def _next_indices(self) -> list[int]:
+        return self._order.next(self._batch_size)
+
+    def _apply(self, index: int, loss: float = 0.0, without: Iterable[str] = ()) -> dict[str, float]:
+        """Updates with the gradients of all processes, and clears them; their norms before clipping.
+
+        Args:
+            index: of the step.
+            loss: what the gradients are of, where it is to be checked as well.
+            without: optimizers that forget their gradients and update nothing.
+
+        Raises:
+            ValueError: the loss or a norm is not finite; nothing is updated.
+        """
+        self._add_gradients()
+        limit = math.inf if self._max_grad_norm is None else self._max_grad_norm
+        norms = {
+            name: float(nn.utils.clip_grad_norm_(_parameters(optimizer), limit))
+            for name, optimizer in self._optimizers.items()
+        }
+        odd = {"loss": loss, **{f"norm of the {name}'s gradients": norm for name, norm in norms.items()}}
+        for what, value in odd.items():
+            if not math.isfinite(value):
+                rate = max(self.rates(index).values())
+                raise ValueError(
+                    f"the {what} is {value} at step {index + 1}. Lower the learning rate ({rate:g})."
+                )
+        for name, optimizer in self._optimizers.items():
+            if name not in without:
+                optimizer.step()
+            optimizer.zero_grad()
+        return norms
+
+    def _add_gradients(self) -> None:
+        """Those of all processes: each has those of its share of an update's sum."""
+        if self.ranks.count == 1:
+            return
+        learned = {id(p): p for optimizer in self._optimizers.values() for p in _parameters(optimizer)}
+        for parameter in learned.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.sum([parameter.grad for parameter in learned.values()])
+
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """By the names of what they update."""
+        return self._optimizers
+
+    def generators(self) -> dict[str, torch.Generator]:
+        """All sources of randomness but PyTorch's global one."""
+        return self._generators
+
+    def extra_state(self) -> dict[str, Any]:
+        """The examples that this pass still has to come to."""
+        # A copy: a slice would be saved with all that it is a slice of.
+        return {"queue": self._order.rest.clone()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes that back."""
+        self._order.rest = torch.as_tensor(state["queue"], dtype=torch.int64).clone()
+
+
+def train_only(learned: Iterable[nn.Parameter], *parts: nn.Module) -> list[nn.Parameter]:
+    """Lets these parameters have gradients, and no others of the parts: with adapters a backbone has none."""
+    learned = list(learned)
+    ids = {id(parameter) for parameter in learned}
+    for part in parts:
+        for parameter in part.parameters():
+            parameter.requires_grad_(id(parameter) in ids)
+    return learned
+
+
+def linear_share(index: int, steps: int, *, warmup: int = 0, anneal: bool = True) -> float:
+    """What of a learning rate is left: a linear warm-up, and with `anneal` a line to 0 at the end."""
+    share = (1 - index / steps if anneal else 1.0) * min(1.0, (index + 1) / (warmup + 1))
+    return max(share, 0.0)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,204 @@
+"""Small runs of every kind in processes of their own: several together, or killed at a given moment."""
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS
+from palm_rlhf.algorithms.table import ALGORITHMS
+from palm_rlhf.commands.runs import Run
+from palm_rlhf.models.checkpoint import save_palm
+from palm_rlhf.models.palm import PaLM
+from palm_rlhf.models.value import Policy, ValueModel
+from palm_rlhf.rewards import RewardModel
+from palm_rlhf.tasks.pairs import Pair
+from palm_rlhf.tasks.text import lines
+from palm_rlhf.tokens import ByteTokenizer
+from palm_rlhf.trainers.offline import OfflineConfig, OfflineTrainer
+from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
+from palm_rlhf.trainers.ranks import ranks
+from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
+from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer
+from rlhf_kernels.stacks import activate
+
+STEPS = 6
+# What changes a folder, as CPython announces it.
+_CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+_CONTEXT = multiprocessing.get_context("forkserver")
+# Imported once, by the server that the processes are forks of. Nothing has run in it.
+_CONTEXT.set_forkserver_preload([__name__, "torch.utils.tensorboard", "torch._dynamo"])
+
+
+def made(*scopes: str, dtype: torch.dtype = torch.float32) -> PaLM:
+    """A tiny model; its adapters do something."""
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "num_tokens": 256, "depth": 2, "heads": 2, "dim_head": 16, "ff_mult": 2}
+    model = PaLM(**sizes, finetune_scopes=scopes)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    return model.to(dtype)
+
+
+def letters(generation):
+    """One point for every small letter."""
+    responses = generation.responses
+    return ((responses > 96) & (responses < 123) & generation.response_mask).sum(1).float()
+
+
+def online(name: str, options: dict, dtype=torch.float32, **config) -> OnlineTrainer:
+    """Of any row of the table."""
+    row, model = ALGORITHMS[name], made("actor", "critic", dtype=dtype)
+    sizes = {"prompts": 4, "samples": 2, "max_new_tokens": 5, "minibatch": 4, "steps": STEPS, "epochs": 2}
+    return OnlineTrainer(
+        row, Policy(model, "actor"), letters, [[97 + i] * (1 + i % 3) for i in range(7)],
+        config=OnlineConfig(**sizes | {"policy_lr": 1e-2, "critic_lr": 1e-2} | config),
+        options=row.options(**options), reference=Policy(model),
+        critic=ValueModel(model, "critic") if row.critic else None, stop=10,
+    )  # fmt: skip
+
+
+def offline(name: str, dtype=torch.float32, **config) -> OfflineTrainer:
+    """Of any row of the table."""
+    pairs = [Pair("yes" + "s" * i, "no", f"{i}?", margin=1.0 + i) for i in range(10)]
+    sizes = {"batch": 5, "epochs": STEPS // 2, "eval_every": 2, "lr": 1e-2}
+    model = made("actor", dtype=dtype)
+    return OfflineTrainer(
+        PAIR_ALGORITHMS[name], Policy(model, "actor"), pairs, ByteTokenizer(), reference=Policy(model),
+        config=OfflineConfig(**sizes | config), held_out=pairs[:3],
+    )  # fmt: skip
+
+
+def supervised(dtype=torch.float32, **config) -> SFTTrainer:
+    """On lines of unlike lengths."""
+    samples, judge = lines(["word " * (1 + i % 4) for i in range(12)], ByteTokenizer()).divided(0.2)
+    sizes = {"steps": STEPS, "batch": 4, "warmup": 2, "eval_every": 2}
+    return SFTTrainer(made(dtype=dtype), samples, judge, SFTConfig(**sizes | config))
+
+
+def rewarding(dtype=torch.float32, **config) -> RewardTrainer:
+    """On pairs."""
+    pairs = [Pair("yes" + "s" * i, "no", f"{i}?") for i in range(7)]
+    sizes = {"batch": 5, "epochs": 2, "lr": 1e-2}
+    model = RewardModel(made(dtype=dtype), dropout=0.0).to(dtype)
+    return RewardTrainer(model, pairs, ByteTokenizer(), config=RewardConfig(**sizes | config))
+
+
+KILLED = {
+    "ppo": lambda: online("ppo", {"kl_target": 1.0}, samples=1, epochs=1),
+    "dpo": lambda: offline("dpo"),
+}
+# In float64: what rounding makes of a step of Adam is more than 1e-6 in float32. Of odd sizes: a share may be
+# larger than another, and the last batch of a pass is one pair.
+SHARED = {
+    "sft": lambda: supervised(torch.float64, batch=3, accumulate=2, steps=3),
+    "ppo": lambda: online("ppo", {}, torch.float64, prompts=3, samples=1, minibatch=2, steps=3),
+    "kto": lambda: offline("kto", torch.float64, batch=3, micro_batch=2, epochs=1),
+    "reward": lambda: rewarding(torch.float64, batch=3, epochs=1),
+}
+
+
+@dataclass
+class Flags:
+    """As a command's."""
+
+    out: Path
+    quiet: bool = True
+    save_every: int = 1
+    steps: int = STEPS
+
+
+def _run(kind: str, folder: str, at: int) -> None:
+    """A run in the folder, but for SIGKILL right before change number `at` in it; 0: to its end."""
+    seen = 0
+
+    def watch(event, given):
+        nonlocal seen
+        if event in _CHANGES and given and str(given[0]).startswith(folder):
+            seen += 1
+            if seen == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    learner = KILLED[kind]()
+    Run(kind, Flags(Path(folder)), kind).train(learner, ())
+    save_palm(Path(folder) / "model.safetensors", learner.policy.model)
+
+
+def _started(kind: str, folder: Path, at: int = 0):
+    process = _CONTEXT.Process(target=_run, args=(kind, str(folder), at))
+    process.start()
+    return process
+
+
+def straight(kind: str, folder: Path) -> float:
+    """Runs it without any misfortune; how many seconds it took."""
+    server = _CONTEXT.Process(target=int)  # which is not there yet
+    server.start()
+    server.join()
+    began = time.perf_counter()
+    process = _started(kind, folder)
+    process.join()
+    assert process.exitcode == 0
+    return time.perf_counter() - began
+
+
+def killed_and_resumed(kind: str, folder: Path, *, seed: int, changes: int, seconds: float) -> int:
+    """Runs it again and again until it is through; how many times it was killed.
+
+    Of three times two are before a random one of the next `changes`, one is after a random part of `seconds`.
+    """
+    draw = random.Random(seed)
+    for kills in range(100):
+        by_clock = kills % 3 == 2
+        process = _started(kind, folder, 0 if by_clock else draw.randint(1, changes))
+        process.join(draw.uniform(0, seconds) if by_clock else None)
+        process.kill()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            assert process.exitcode == 0
+            return kills
+    raise AssertionError("the run does not come to its end")
+
+
+def train(kind: str, folder: Path, steps: int) -> dict[str, torch.Tensor]:
+    """A run up to so many steps; all weights that came of it."""
+    learner = SHARED[kind]()
+    Run(kind, Flags(folder, save_every=2, steps=steps), kind).train(learner, ())
+    return {
+        f"{name}.{key}": x
+        for name, module in learner.modules().items()
+        for key, x in module.state_dict().items()
+    }
+
+
+def _one_of(count: int, index: int, port: int, folder: Path) -> None:
+    """A process of several, as torchrun and accelerate's launcher start it."""
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    here |= {"WORLD_SIZE": count, "RANK": index, "LOCAL_WORLD_SIZE": count, "LOCAL_RANK": index}
+    os.environ |= {name: str(value) for name, value in here.items()}
+    activate()  # accelerate, where it is among the peers
+    for kind in SHARED:
+        # In two goes, so that it is resumed in between.
+        train(kind, folder / kind, 2)
+        torch.save(train(kind, folder / kind, 3), folder / f"{kind}-{ranks().index}.pt")
+
+
+def launched(count: int, folder: Path) -> None:
+    """Runs all kinds in so many processes that train together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [_CONTEXT.Process(target=_one_of, args=(count, i, port, folder)) for i in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count
