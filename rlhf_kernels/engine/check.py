@@ -368,7 +368,7 @@ def check_case(
         wanted = [d for d in judge.directions if directions is None or d in directions]
         return [judge.row(backend, d).failed("unavailable", reason) for d in wanted]
     interpreting = backend == "triton" and kind == "cpu"
-    with use_backend(f"{spec.name}={backend}", strict=True), warnings.catch_warnings():
+    with use_backend(f"{spec.op.name}={backend}", strict=True), warnings.catch_warnings():
         if interpreting:  # NumPy complains about lanes that are masked out
             warnings.simplefilter("ignore", RuntimeWarning)
         # The interpreter has no order of execution that could differ.

@@ -84,12 +84,17 @@ def linear_recurrence(a: Tensor, b: Tensor, *, reverse: bool = True, initial: Te
         raise ValueError(f"{op}(): b must be [batch, time], got {tuple(b.shape)}. One row is b[None].")
     same(op, "b", b, "a", a)
     if initial is not None:
-        floating(op, "initial", initial)
-        if initial.dtype != b.dtype:
-            raise TypeError(
-                f"{op}(): initial must have the dtype of b, {b.dtype}, got {initial.dtype}. "
-                "Cast with initial.to(b.dtype)."
-            )
-        shaped(op, "initial", initial, b.shape[:1], "one number for each row")
-        on(op, "b", b, "initial", initial)
+        per_row(op, "b", b, "initial", initial)
     return _linear_recurrence(a, b, initial, bool(reverse))
+
+
+def per_row(op: str, name: str, x: Tensor, other_name: str, other: Any) -> None:
+    """TypeError or ValueError unless `other` is a number for each row of x, of its dtype and device."""
+    floating(op, other_name, other)
+    if other.dtype != x.dtype:
+        raise TypeError(
+            f"{op}(): {other_name} must have the dtype of {name}, {x.dtype}, got {other.dtype}. "
+            f"Cast with {other_name}.to({name}.dtype)."
+        )
+    shaped(op, other_name, other, x.shape[:1], "one number for each row")
+    on(op, name, x, other_name, other)

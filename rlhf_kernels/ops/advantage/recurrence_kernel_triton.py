@@ -23,22 +23,23 @@ def recurrence_kernel(
     a_ptr, b_ptr, initial_ptr, y_ptr, a_stride, b_stride, initial_stride, n_rows, n_steps,
     REVERSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows; the state is handed from block to block. Column i is step i, or the i-th from the end."""
+    """ROWS rows; the state is handed from block to block, from the last to the first where REVERSE."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     there = row < n_rows
     element = tl.float64 if b_ptr.dtype.element_ty == tl.float64 else tl.float32
     state = tl.zeros((ROWS,), element)
     if initial_ptr is not None:
         state = to_float32(tl.load(initial_ptr + row * initial_stride, mask=there, other=0.0))
-    for start in range(0, n_steps, BLOCK):
-        i = start + tl.arange(0, BLOCK)[None, :]
-        t = n_steps - 1 - i if REVERSE else i
-        inside = there[:, None] & (i < n_steps)
+    n_blocks = tl.cdiv(n_steps, BLOCK)
+    for i in range(0, n_blocks):
+        start = (n_blocks - 1 - i if REVERSE else i) * BLOCK
+        t = start + tl.arange(0, BLOCK)[None, :]
+        inside = there[:, None] & (t < n_steps)
         a = to_float32(tl.load(a_ptr + row[:, None] * a_stride + t, mask=inside, other=1.0))
         b = to_float32(tl.load(b_ptr + row[:, None] * b_stride + t, mask=inside, other=0.0))
-        factor, y = tl.associative_scan((a, b), 1, _then)
+        factor, y = tl.associative_scan((a, b), 1, _then, reverse=REVERSE)
         y += factor * state[:, None]
-        state = tl.sum(tl.where(i == start + BLOCK - 1, y, 0.0), 1)
+        state = tl.sum(tl.where(t == (start if REVERSE else start + BLOCK - 1), y, 0.0), 1)
         tl.store(y_ptr + row[:, None] * n_steps + t, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
