@@ -25,7 +25,8 @@ COMMANDS = {
 HELP = f"""\
 usage: palm-rlhf COMMAND [flags]        each command explains its flags: palm-rlhf COMMAND --help
 
-Trains PaLM models: on text, then on rewards. Everything of a run is in one folder: --out.
+Trains PaLM, and causal models of Hugging Face transformers: on text, then on rewards.
+Everything of a run is in one folder: --out.
 
 commands:
 {chr(10).join(f"  {name:10}{text}" for name, text in COMMANDS.items())}
@@ -43,12 +44,21 @@ on your own data:
   palm-rlhf reward --model runs/book --pairs pairs.jsonl --out runs/reward
   palm-rlhf train ppo --model runs/book --prompts-file prompts.txt --reward-model runs/reward --out runs/rlhf
 
+on a model of transformers, by its folder or its name on the hub (docs/models.md):
+  palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \
+      --reward score.py:polite --out runs/grpo
+
+in several processes, on GPUs or on the CPU, or in bfloat16 (docs/training.md):
+  accelerate launch --config_file examples/accelerate/processes.yaml --num_processes 4 \\
+      -m palm_rlhf train ppo --task calculator --model runs/sft --out runs/ppo --precision bf16
+
 a run's folder:
   config.json         what the command was called with
   metrics.jsonl       one line a step; tensorboard/ has the same
   curve.png           the most telling of them, drawn at the end
   checkpoints/        the last two, with optimizer and random states
   model.safetensors   the result, with its tokenizer: what --model takes, by the folder's name
+  model/              the same of a model of transformers, in its own format
 
 Ctrl-C finishes the step, saves a checkpoint and says how to go on: the same command goes on, bit for bit.
 

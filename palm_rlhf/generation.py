@@ -301,7 +301,9 @@ def _uncached(policy: CausalModel, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def _logits(hidden: Tensor, head: Any) -> Tensor:
-    logits = F.linear(hidden, head.weight, head.bias)
+    # As the learner's: logits of 16 bits would move a log-probability by more than an update does.
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden, head.weight, head.bias)
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 

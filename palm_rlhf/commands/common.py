@@ -9,16 +9,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from palm_rlhf.models.checkpoint import CheckpointError, load_palm, save_palm
+from palm_rlhf.models.finetune import apart, learned
+from palm_rlhf.models.hf import HFModel, load_hf
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy
 from palm_rlhf.tasks.calculator import Calculator, gsm8k, products
-from palm_rlhf.tokens import FileTokenizer, Tokenizer, check_fits, load_tokenizer
+from palm_rlhf.tokens import HUB, FileTokenizer, HFTokenizer, Tokenizer, check_fits, load_tokenizer
 from rlhf_kernels.runtime.files import write_aside
 
 # Of the calculator's problems: 1*1= to 299*4=.
@@ -26,15 +28,61 @@ FACTORS = (299, 4)
 # Adapters of what learns to write.
 ACTOR = "actor"
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
+# A model or tokenizer of transformers in a run's folder, and in the former what is not transformers'.
+HF_MODEL, HF_TOKENIZER, HF_KEPT = "model", "tokenizer", "palm_rlhf.json"
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model, its tokenizer, and the token that ends what it writes."""
 
-    model: PaLM
+    model: PaLM | HFModel
     tokenizer: Tokenizer
     stop: int
+
+
+@dataclass(frozen=True)
+class HFOptions:
+    """What models and tokenizers of transformers take (--model hf:NAME or a folder of it)."""
+
+    chat: bool = False
+    """Put prompts into the tokenizer's chat template. What was trained so stays so."""
+    system: str | None = None
+    """Message of the system in that template."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights of a model of transformers."""
+    patch: bool = False
+    """Let rlhf_kernels' operators replace those of a model of transformers (rlhf-kernels patch)."""
+    checkpoint_layers: bool = False
+    """Compute the layers of a model of transformers again in the backward: less memory, more time."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What of a model learns."""
+
+    lora: bool = True
+    """Learn adapters on the frozen model, not its weights; with --no-lora models that have to stay as they
+    were are copies."""
+    lora_r: int = 8
+    """Rank of the adapters."""
+    lora_targets: tuple[str, ...] = ("attention",)
+    """Projections that get adapters: attention, mlp, all, or names: of PaLM q, k, v, o, up, gate, down; of a
+    model of transformers such as q_proj."""
+    last_layers: int | None = None
+    """Only so many of the last layers learn, by adapters or by their weights; embeddings, last norm and head
+    stay as they are. None: all."""
+
+    def policy(self, model: PaLM | HFModel, scope: str = ACTOR) -> Policy:
+        """The model as what learns; adapters of that name are added to it."""
+        if not self.lora:
+            return Policy(model, None, self.last_layers)
+        model.add_finetune_params(scope, self.lora_r, self.lora_targets, self.last_layers)
+        return Policy(model, scope)
+
+    def apart(self, model: PaLM | HFModel) -> PaLM | HFModel:
+        """The model again: what learns of it is a copy, the rest is shared."""
+        return apart(model, learned(model, None, self.last_layers))
 
 
 def device(name: str | None) -> torch.device:
@@ -65,6 +113,20 @@ def weights_file(path: Path, name: str = WEIGHTS) -> Path:
     return path / name
 
 
+def hf_name(path: Path) -> str | None:
+    """The name or folder of the model of transformers that `path` means: hf:NAME, a folder, or a run."""
+    if str(path).startswith(HUB):
+        return str(path).removeprefix(HUB)
+    for folder in (path, path / HF_MODEL):
+        try:
+            config = json.loads((folder / "config.json").read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict) and "model_type" in config:
+            return str(folder)
+    return None
+
+
 def load_model(
     path: Path,
     *,
@@ -72,29 +134,90 @@ def load_model(
     pad: str | None = None,
     stop: str | None = None,
     on: str | None = None,
+    hf: HFOptions | None = None,
 ) -> Loaded:
-    """The model of a run's folder or a file, with the tokenizer that is named there unless one is given.
+    """The model of a run's folder, a file or transformers, with the tokenizer that is named there or given.
+
+    Args:
+        path: a run, a checkpoint, a folder of transformers, or hf:NAME with a name on the hub or a path.
+        tokenizer: see `tokens.load_tokenizer`; None: the model's own.
+        pad, stop: names of its tokens.
+        on: device.
+        hf: how a model of transformers is loaded.
 
     Raises:
         ValueError: it cannot be read, or the tokenizer is missing or does not fit.
     """
+    name = hf_name(path)
+    if name is not None:
+        return _load_hf(name, tokenizer, pad, stop, on, hf or HFOptions())
+    options = hf or HFOptions()
+    if options != HFOptions(options.chat, options.system):
+        raise ValueError(
+            f"--dtype, --patch and --checkpoint-layers are for models of transformers, and {path} is none"
+        )
+    if not path.exists():
+        hint = f". A model on the hub is given as {HUB}NAME, such as {HUB}Qwen/Qwen2.5-0.5B."
+        raise CheckpointError(f"there is no checkpoint {path}{hint}")
     file = weights_file(path)
     model = load_palm(file, device=device(on))
-    kept = metadata(file)
+    return _with_tokenizer(model, metadata(file), file, tokenizer, pad, stop, options)
+
+
+def _load_hf(
+    name: str, tokenizer: str | None, pad: str | None, stop: str | None, on: str | None, options: HFOptions
+) -> Loaded:
+    try:
+        kept = json.loads((Path(name) / HF_KEPT).read_bytes())
+    except OSError:  # not of a run
+        kept = {"tokenizer": ""}
+    model = load_hf(
+        name,
+        device=device(on),
+        dtype=options.dtype,
+        patch=options.patch,
+        checkpoint_layers=options.checkpoint_layers,
+    )
+    if tokenizer is None and kept["tokenizer"] == "" and not Path(name).is_dir():
+        tokenizer = HUB + name
+    return _with_tokenizer(model, kept, Path(name) / HF_KEPT, tokenizer, pad, stop, options)
+
+
+def _with_tokenizer(
+    model: PaLM | HFModel,
+    kept: dict[str, Any],
+    file: Path,
+    tokenizer: str | None,
+    pad: str | None,
+    stop: str | None,
+    options: HFOptions,
+) -> Loaded:
+    """The model with a tokenizer that is given, or else with the one that `kept` names beside `file`."""
+    system = kept.get("system") if options.system is None else options.system
+    chat = {"chat": options.chat or kept.get("chat", False), "system": system}
     if tokenizer is not None:
-        found = load_tokenizer(tokenizer, pad=pad, stop=stop)
+        found = load_tokenizer(tokenizer, pad=pad, stop=stop, **chat)
         end = found.stop
     elif "tokenizer" in kept:
-        name = kept["tokenizer"]
-        own = {} if name == "bytes" else {"pad": kept["pad"], "stop": kept["end"]}
-        found = load_tokenizer("bytes" if name == "bytes" else file.with_name(name), **own)
-        end = kept.get("stop", found.stop)
+        found = kept_tokenizer(kept, file, pad, stop, **chat)
+        end = kept.get("stop", found.stop) if stop is None else found.stop
     else:
         raise CheckpointError(
             f"{file} does not say what its tokens are. Give --tokenizer: bytes or a tokenizer.json."
         )
     check_fits(found, model)
     return Loaded(model, found, end)
+
+
+def kept_tokenizer(
+    kept: dict[str, Any], file: Path, pad: str | None = None, stop: str | None = None, **chat: Any
+) -> Tokenizer:
+    """The tokenizer that metadata name, beside the file that they are of."""
+    name = kept["tokenizer"]
+    if name == "bytes":
+        return load_tokenizer(name, **chat)
+    own = {"pad": pad or kept.get("pad"), "stop": stop or kept.get("end")}
+    return load_tokenizer(file.parent / name, **own, **chat)
 
 
 def metadata(file: Path) -> dict[str, Any]:
@@ -107,25 +230,34 @@ def metadata(file: Path) -> dict[str, Any]:
     return {name: json.loads(text) for name, text in raw.items() if name != "format"}
 
 
-def tokenizer_metadata(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What to keep of a tokenizer with a model in `folder`; a tokenizer file is copied there first."""
-    if not isinstance(tokenizer, FileTokenizer):
+def tokenizer_metadata(folder: Path, tokenizer: Tokenizer, own: str = HF_TOKENIZER) -> dict[str, Any]:
+    """What to keep of a tokenizer with a model in `folder`; its files are written there first.
+
+    Those of transformers have a folder of their own in it, named `own`.
+    """
+    if not isinstance(tokenizer, FileTokenizer | HFTokenizer):
         return {"tokenizer": tokenizer.name}
-    write_aside(folder / TOKENIZER, tokenizer.text)
-    return {
-        "tokenizer": TOKENIZER,
-        "pad": tokenizer.token(tokenizer.pad),
-        "end": tokenizer.token(tokenizer.stop),
-    }
+    kept = {"pad": tokenizer.token(tokenizer.pad), "end": tokenizer.token(tokenizer.stop)}
+    if isinstance(tokenizer, FileTokenizer):
+        write_aside(folder / TOKENIZER, tokenizer.text)
+        return {"tokenizer": TOKENIZER, **kept}
+    tokenizer.save(folder / own)
+    return {"tokenizer": own, **kept, "chat": tokenizer.chat, "system": tokenizer.system}
 
 
 def save_model(folder: Path, loaded: Loaded) -> Path:
-    """Writes the model with all that `load_model` needs."""
+    """Writes the model with all that `load_model` needs: a file of ours, or a folder of transformers."""
+    if isinstance(loaded.model, HFModel):
+        # Last comes the file without which the folder is another program's.
+        made = loaded.model.save_pretrained(folder / HF_MODEL)
+        kept = tokenizer_metadata(made, loaded.tokenizer, own="")
+        write_aside(made / HF_KEPT, json.dumps({"stop": loaded.stop, **kept}, indent=1))
+        return made
     kept = tokenizer_metadata(folder, loaded.tokenizer)
     return save_palm(folder / WEIGHTS, loaded.model, stop=loaded.stop, **kept)
 
 
-def merged(policy: Policy, without: Sequence[str] = ()) -> PaLM:
+def merged(policy: Policy, without: Sequence[str] = ()) -> PaLM | HFModel:
     """The policy as a model without adapters of ours, so that it needs no scope to be used.
 
     `without` are other adapters of ours that may be on it.
@@ -135,7 +267,7 @@ def merged(policy: Policy, without: Sequence[str] = ()) -> PaLM:
     model = copy.deepcopy(policy.model)
     model.merge_finetune_params(policy.scope)
     for scope in without:
-        if scope in model.finetune_modules:
+        if scope in model.scopes:
             model.remove_finetune_params(scope)
     return model
 

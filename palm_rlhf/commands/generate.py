@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from palm_rlhf.commands.common import Loaded, load_model
+import tyro
+
+from palm_rlhf.commands.common import HFOptions, Loaded, load_model
 from palm_rlhf.commands.train import make_reward
 from palm_rlhf.generation import Generation, best_of, generate
 from palm_rlhf.tasks.text import read_lines
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import Tokenizer, prompt_ids
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Generate:
     """
 
     model: Path
-    """Run or file."""
+    """Run or file, or a model of transformers: its folder, or hf:NAME."""
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompts_file: Path | None = None
@@ -50,7 +52,8 @@ class Generate:
     seed: int | None = None
     """Of the first response; the next has one more. Default: another each time. --json says each."""
     tokenizer: str | None = None
-    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
+    """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     json: bool = False
@@ -67,12 +70,12 @@ def run(args: Generate, line: str) -> int:
         raise ValueError("give a prompt that is not empty: --prompt TEXT or --prompts-file FILE")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     tokenizer = loaded.tokenizer
     stop = loaded.stop if args.stop is None else _stop(args.stop, tokenizer)
     if args.seed is not None and args.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {args.seed}")
-    prompts = [tokenizer.encode(text) for text in texts]
+    prompts = [prompt_ids(tokenizer, text) for text in texts]
     # 32 bits, so that a seed can be typed again.
     first = secrets.randbits(32) if args.seed is None else args.seed
     seeds = range(first, first + len(prompts) * (args.best_of or args.samples))

@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS, PairAlgorithm
-from palm_rlhf.commands.common import ACTOR, Loaded, load_model, merged, save_model
+from palm_rlhf.commands.common import HFOptions, Loaded, Tuning, load_model, merged, save_model
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.models.value import Policy
 from palm_rlhf.tasks.pairs import read_pairs, split_examples
@@ -28,7 +28,8 @@ class TrainPairs:
     """
 
     model: Path
-    """Run or file to start from, such as that of palm-rlhf sft. It is the reference as well."""
+    """Run or file to start from, such as that of palm-rlhf sft, or a model of transformers: its folder, or
+    hf:NAME with a name on the hub. It is the reference as well."""
     pairs: Path
     """Pairs as JSON lines."""
     out: Path
@@ -36,14 +37,12 @@ class TrainPairs:
     held_back: float = 0.1
     """Share of the pairs that judge."""
     tokenizer: str | None = None
-    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
-    lora: bool = True
-    """Learn adapters on the frozen model, not all weights."""
-    lora_r: int = 8
-    """Rank of the adapters."""
+    """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
+    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = field(default_factory=OfflineConfig)
     save_every: int = 100
     """Steps between checkpoints."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -54,11 +53,9 @@ def run(args: TrainPairs, line: str) -> int:
     """Trains, and writes the model with the adapters merged."""
     folder = Run(f"train {args.algorithm.name}", args, line, grows="epochs")
     train, judge = split_examples(read_pairs(args.pairs), args.held_back, args.config.seed)
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     torch.manual_seed(args.config.seed)  # of new adapters
-    if args.lora:
-        loaded.model.add_finetune_params(ACTOR, args.lora_r)
-    policy = Policy(loaded.model, ACTOR if args.lora else None)
+    policy = args.tuning.policy(loaded.model)
     trainer = OfflineTrainer(
         args.algorithm,
         policy,

@@ -12,9 +12,11 @@ import tyro
 from torch import Tensor
 
 from palm_rlhf.commands.common import (
-    TOKENIZER,
     WEIGHTS,
+    HFOptions,
+    Tuning,
     device,
+    kept_tokenizer,
     load_model,
     metadata,
     tokenizer_metadata,
@@ -24,7 +26,7 @@ from palm_rlhf.commands.runs import Run
 from palm_rlhf.generation import Generation
 from palm_rlhf.rewards import ModelReward, RewardModel, load_reward_model, save_reward_model
 from palm_rlhf.tasks.pairs import read_examples, split_examples
-from palm_rlhf.tokens import FileTokenizer, Tokenizer, check_fits
+from palm_rlhf.tokens import Tokenizer, check_fits, same_tokens
 from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
 
 
@@ -39,7 +41,8 @@ class Reward:
     """
 
     model: Path
-    """Run or file to start from, such as that of palm-rlhf sft."""
+    """Run or file to start from, such as that of palm-rlhf sft, or a model of transformers: its folder, or
+    hf:NAME with a name on the hub."""
     pairs: Path
     """Examples as JSON lines."""
     out: Path
@@ -48,17 +51,15 @@ class Reward:
     """How many there are, for labels that are bins 0, 1, 2, ...; 0 for pairs and for other labels."""
     held_back: float = 0.1
     """Share of the examples that judge."""
-    lora: bool = True
-    """Learn adapters on the frozen model, not all weights."""
-    lora_r: int = 8
-    """Rank of the adapters."""
+    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     dropout: float = 0.1
     """Of the model, in training."""
     tokenizer: str | None = None
-    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
+    """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
     config: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
     save_every: int = 100
     """Steps between checkpoints."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -72,14 +73,16 @@ def run(args: Reward, line: str) -> int:
     """Trains, and writes the reward model."""
     folder = Run("reward", args, line, grows="epochs")
     train, judge = split_examples(read_examples(args.pairs), args.held_back, args.config.seed)
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     torch.manual_seed(args.config.seed)
     model = RewardModel(
         loaded.model,
         dropout=args.dropout,
         num_binned_output=args.bins,
-        use_lora=args.lora,
-        lora_r=args.lora_r,
+        use_lora=args.tuning.lora,
+        lora_r=args.tuning.lora_r,
+        lora_targets=args.tuning.lora_targets,
+        last_layers=args.tuning.last_layers,
     )
     trainer = RewardTrainer(
         model, train, loaded.tokenizer, config=args.config, held_out=judge, stop=loaded.stop
@@ -106,12 +109,10 @@ def load_reward(path: Path, tokenizer: Tokenizer, on: str | None) -> Callable[[G
     file = weights_file(path)
     model = load_reward_model(file, device=device(on))
     check_fits(tokenizer, model.palm)
-    named = metadata(file).get("tokenizer")
-    if named is not None:
-        own = file.with_name(TOKENIZER).read_text(encoding="utf-8") if named != "bytes" else None
-        if own != (tokenizer.text if isinstance(tokenizer, FileTokenizer) else None):
-            raise ValueError(
-                f"the reward model {path} reads other tokens ({named}) than the model writes "
-                f"({tokenizer.name}). Train it on a model with the same tokenizer."
-            )
+    kept = metadata(file)
+    if "tokenizer" in kept and not same_tokens(kept_tokenizer(kept, file), tokenizer):
+        raise ValueError(
+            f"the reward model {path} reads other tokens ({kept['tokenizer']}) than the model writes "
+            f"({tokenizer.name}). Train it on a model with the same tokenizer."
+        )
     return ModelReward(model.requires_grad_(False))

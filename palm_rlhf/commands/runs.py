@@ -116,6 +116,8 @@ class Run:
         return read_metrics(log.path)
 
     def _stopped(self, step: int | None) -> str:
+        if not self.main:
+            return f"process {ranks().index} stopped as well"
         last = self.checkpoints.last
         if last is None:
             return "stopped before the first step; no checkpoint was written"

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from palm_rlhf.commands.common import FACTORS, Loaded, device, load_model, make_task, save_model
+from palm_rlhf.commands.common import (
+    FACTORS,
+    HFOptions,
+    Loaded,
+    Tuning,
+    device,
+    load_model,
+    make_task,
+    merged,
+    save_model,
+)
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.tasks import calculator, text
@@ -41,9 +52,9 @@ class SFT:
     factors: tuple[int, int] = FACTORS
     """Largest first and second factor in --task calculator."""
     model: Path | None = None
-    """Start from this run or file, not from nothing."""
+    """Start from this run, file or model of transformers (its folder, or hf:NAME), not from nothing."""
     tokenizer: str | None = None
-    """'bytes' (default), or a Hugging Face tokenizer.json; with --model, the model's own."""
+    """'bytes' (default), a Hugging Face tokenizer.json, or hf:NAME; with --model, the model's own."""
     pad_token: str | None = None
     """Name of the padding token in --tokenizer, if it is unusual."""
     stop_token: str | None = None
@@ -63,8 +74,10 @@ class SFT:
     held_back: float = 0.05
     """Share of the text that is not trained on, for validation_loss."""
     config: Annotated[SFTConfig, tyro.conf.arg(name="")] = field(default_factory=SFTConfig)
+    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=partial(Tuning, lora=False))
     save_every: int = 100
     """Steps between checkpoints."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -85,11 +98,16 @@ def run(args: SFT, line: str) -> int:
     loaded = _model(args)
     stop = stop_token(loaded.tokenizer, task.stop) if task else loaded.tokenizer.stop
     samples, held_back = _samples(args, task, loaded.tokenizer, stop)
-    trainer = SFTTrainer(loaded.model, samples, held_back, args.config)
+    if args.tuning.lora:
+        torch.manual_seed(args.config.seed)
+    policy = args.tuning.policy(loaded.model)
+    trainer = SFTTrainer(
+        loaded.model, samples, held_back, args.config, policy.scope, last_layers=policy.last_layers
+    )
     rows = folder.train(trainer, ("loss", "validation_loss"))
     if not folder.main:
         return 0
-    saved = save_model(folder.folder, Loaded(loaded.model, loaded.tokenizer, stop))
+    saved = save_model(folder.folder, Loaded(merged(policy), loaded.tokenizer, stop))
     curve = folder.draw(rows, ("loss", "validation_loss", "lr"), line)
     last = next((row for row in reversed(rows) if row.get("validation_loss") is not None), None)
     if last is not None:
@@ -111,9 +129,22 @@ def _model(args: SFT) -> Loaded:
                 f"--{name} is of a new model, and --model {args.model} has its own. Leave one of them out."
             )
         return load_model(
-            args.model, tokenizer=args.tokenizer, pad=args.pad_token, stop=args.stop_token, on=args.device
+            args.model,
+            tokenizer=args.tokenizer,
+            pad=args.pad_token,
+            stop=args.stop_token,
+            on=args.device,
+            hf=args.hf,
         )
-    tokenizer = load_tokenizer(args.tokenizer or "bytes", pad=args.pad_token, stop=args.stop_token)
+    if args.hf != HFOptions(args.hf.chat, args.hf.system):
+        raise ValueError("--dtype, --patch and --checkpoint-layers are for a --model of transformers")
+    tokenizer = load_tokenizer(
+        args.tokenizer or "bytes",
+        pad=args.pad_token,
+        stop=args.stop_token,
+        chat=args.hf.chat,
+        system=args.hf.system,
+    )
     where = device(args.device)
     torch.manual_seed(args.config.seed)
     model = PaLM(num_tokens=tokenizer.vocabulary, **{**_SHAPE, **given}).to(where)

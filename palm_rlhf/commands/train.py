@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
@@ -17,9 +16,10 @@ from torch import Tensor
 from palm_rlhf.algorithms.table import ALGORITHMS, Algorithm
 from palm_rlhf.commands import offline
 from palm_rlhf.commands.common import (
-    ACTOR,
     FACTORS,
+    HFOptions,
     Loaded,
+    Tuning,
     load_function,
     load_model,
     make_task,
@@ -32,7 +32,7 @@ from palm_rlhf.models.value import Policy, ValueModel, frozen
 from palm_rlhf.rewards import ProgrammaticReward
 from palm_rlhf.tasks.calculator import Calculator
 from palm_rlhf.tasks.text import read_lines
-from palm_rlhf.tokens import Tokenizer, stop_token
+from palm_rlhf.tokens import Tokenizer, prompt_ids, stop_token
 from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
 from rlhf_kernels.runtime.files import write_aside
 
@@ -46,7 +46,8 @@ class Train:
     """Sample responses, score them, and make the better ones more probable."""
 
     model: Path
-    """Run or file to start from, such as that of palm-rlhf sft. It is the reference as well."""
+    """Run or file to start from, such as that of palm-rlhf sft, or a model of transformers: its folder, or
+    hf:NAME with a name on the hub. It is the reference as well."""
     out: Path
     """Folder of the run. If it is there, the run goes on."""
     task: Literal["calculator"] | None = None
@@ -62,16 +63,14 @@ class Train:
     reward_model: Path | None = None
     """Run of palm-rlhf reward."""
     tokenizer: str | None = None
-    """'bytes' or a tokenizer.json, for a --model that does not say what its tokens are."""
-    lora: bool = True
-    """Learn adapters for actor and critic on the frozen model; else all weights, with copies for others."""
-    lora_r: int = 8
-    """Rank of the adapters."""
+    """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
+    tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     online: Annotated[OnlineConfig, tyro.conf.arg(name="")] = field(default_factory=OnlineConfig)
     eval_every: int = 20
     """Steps between two looks at the held-out problems; 0: only before and after."""
     save_every: int = 20
     """Steps between checkpoints."""
+    hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     quiet: bool = False
@@ -109,10 +108,10 @@ def run(args: Train | offline.TrainPairs, line: str) -> int:
         return offline.run(args, line)
     folder = Run(f"train {args.algorithm.name}", args, line)
     task = make_task(args.task, args.gsm8k, args.factors)
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device)
+    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     tokenizer = loaded.tokenizer
     stop = stop_token(tokenizer, task.stop) if task else loaded.stop
-    prompts = [tokenizer.encode(prompt) for prompt in _prompts(args, task)]
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in _prompts(args, task)]
     torch.manual_seed(args.online.seed)  # of new adapters
     reward = make_reward(args, task, tokenizer, stop)
     online = args.online
@@ -174,19 +173,14 @@ def make_reward(
 
 def _models(args: Train, loaded: Loaded) -> dict[str, Any]:
     """Policy, reference and critic: adapters on one model, or a model each."""
-    model, needs = loaded.model, args.algorithm
-    if args.lora:
-        for scope in (ACTOR, *((CRITIC,) if needs.critic else ())):
-            model.add_finetune_params(scope, args.lora_r)
-        critic = ValueModel(model, CRITIC, **_support(args)) if needs.critic else None
-        return {
-            "policy": Policy(model, ACTOR),
-            "reference": Policy(model) if needs.reference else None,
-            "critic": critic,
-        }
-    reference = Policy(frozen(copy.deepcopy(model))) if needs.reference else None
-    critic = ValueModel(copy.deepcopy(model), **_support(args)) if needs.critic else None
-    return {"policy": Policy(model), "reference": reference, "critic": critic}
+    model, needs, tuning = loaded.model, args.algorithm, args.tuning
+    policy = tuning.policy(model)
+    reference = Policy(model if tuning.lora else frozen(tuning.apart(model))) if needs.reference else None
+    critic = None
+    if needs.critic:
+        own = tuning.policy(model if tuning.lora else tuning.apart(model), CRITIC)
+        critic = ValueModel(own.model, own.scope, last_layers=own.last_layers, **_support(args))
+    return {"policy": policy, "reference": reference, "critic": critic}
 
 
 def _support(args: Train) -> dict[str, Any]:

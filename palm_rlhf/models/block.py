@@ -47,6 +47,7 @@ class Block(nn.Module):
         self.attn_dropout, self.ff_dropout = attn_dropout, ff_dropout
         inner, ff_inner = c.heads * c.dim_head, c.dim * c.ff_mult
         self.split = (inner + 2 * c.dim_head, ff_inner, ff_inner)
+        self.heads_split = (inner, c.dim_head, c.dim_head)
         self.gamma = nn.Parameter(torch.zeros(c.dim))
         # 1 + gamma, made once where gamma is fixed. Beside it: a block for sampling may be saved.
         self.gain: Tensor | None = None
@@ -71,15 +72,18 @@ class Block(nn.Module):
         # Split weights, not results: the gradient of a split is a copy of the whole.
         qkv, inner, gate = (linear(normed, weight) for weight in self.fused.weight.split(self.split))
         if lora is not None:
-            qkv = qkv + lora.qkv(normed)
+            if any(lora[number] is not None for number in range(3)):
+                qkv = torch.cat(lora.plus(0, normed, qkv.split(self.heads_split, dim=-1)), dim=-1)
+            inner, gate = lora.plus(4, normed, (inner, gate))
         attended = self._attend(qkv, context, layer)
         inner = swiglu(inner, gate)
         if self.training and self.ff_dropout:
             inner = F.dropout(inner, self.ff_dropout)
         x = x + linear(attended, self.attn_out.weight)
+        out = linear(inner, self.ff_out.weight)
         if lora is not None:
-            x = x + lora[3](attended)
-        return x + linear(inner, self.ff_out.weight)
+            (x,), (out,) = lora.plus(3, attended, (x,)), lora.plus(6, inner, (out,))
+        return x + out
 
     def _attend(self, qkv: Tensor, context: Context, layer: int) -> Tensor:
         """[B, T, H D]: what each head reads."""
@@ -136,11 +140,23 @@ class Block(nn.Module):
         )
         return out.masked_fill(empty, 0)
 
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Input and output widths of every projection; see `lora.PROJECTIONS`."""
+        (inner, key, value), dim, ff_inner = self.heads_split, len(self.gamma), self.split[1]
+        attention = {"q": (dim, inner), "k": (dim, key), "v": (dim, value), "o": (inner, dim)}
+        return attention | {"up": (dim, ff_inner), "gate": (dim, ff_inner), "down": (ff_inner, dim)}
+
     @torch.no_grad()
     def merge_(self, lora: BlockLoRA) -> None:
         """Adds the adapters to the weights."""
-        self.fused.weight[: self.split[0]].add_(lora.added_to_qkv())
-        self.attn_out.weight.add_(lora.added_to_output())
+        for weight, added in (
+            (self.fused.weight[: self.split[0]], lora.added(0, self.heads_split)),
+            (self.fused.weight[self.split[0] :], lora.added(4, self.split[1:])),
+            (self.attn_out.weight, lora.added(3, self.attn_out.weight.shape[:1])),
+            (self.ff_out.weight, lora.added(6, self.ff_out.weight.shape[:1])),
+        ):
+            if added is not None:
+                weight.add_(added)
 
     @torch.no_grad()
     def merged(self, lora: BlockLoRA | None) -> Block:
@@ -149,7 +165,7 @@ class Block(nn.Module):
         twin.training, twin._modules = False, dict(self._modules)
         twin.gain = self.gamma.to(torch.promote_types(self.gamma.dtype, torch.float32)) + 1
         if lora is not None:
-            for name in ("fused", "attn_out"):
+            for name in ("fused", "attn_out", "ff_out"):
                 own = twin._modules[name] = copy.copy(self._modules[name])
                 own._parameters = {"weight": nn.Parameter(own.weight.clone(), False), "bias": None}
             twin.merge_(lora)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from palm_rlhf.models.palm import PaLM
 
@@ -67,7 +67,7 @@ def read_tensors(
 
 def palm_state(model: PaLM) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata that `palm_from_state` makes the model of again."""
-    scopes = {scope: blocks[0][0].A.shape[1] for scope, blocks in model.finetune_modules.items()}
+    scopes = {scope: model.adapter_options(scope) for scope in model.scopes}
     return model.state_dict(), {"config": asdict(model.config), "scopes": scopes}
 
 
@@ -78,12 +78,55 @@ def palm_from_state(
     try:
         with torch.device("meta"):
             model = PaLM(**metadata["config"])
-            for scope, rank in metadata.get("scopes", {}).items():
-                model.add_finetune_params(scope, rank)
+            for scope, options in metadata.get("scopes", {}).items():
+                # A number is the rank of adapters on the attention of every layer.
+                options = options if isinstance(options, Mapping) else {"lora_r": options}
+                model.add_finetune_params(scope, **options)
         model.load_state_dict(dict(tensors), assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{what} does not hold a PaLM: {_sentence(error)}") from error
     return model.requires_grad_(True)
+
+
+def backbone_metadata(model: Any) -> dict[str, Any]:
+    """What `backbone_from_state` needs beside the tensors: of a PaLM, or of a model of transformers."""
+    if isinstance(model, PaLM):
+        return palm_state(model)[1]
+    scopes = {scope: model.adapter_options(scope) for scope in model.scopes}
+    return {"library": "transformers", "config": model.configuration(), "scopes": scopes}
+
+
+def backbone_from_state(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], what: str = "the checkpoint"
+) -> Any:
+    """A model with these tensors; CheckpointError where they do not fit its configuration."""
+    if metadata.get("library") != "transformers":
+        return palm_from_state(tensors, metadata, what)
+    from palm_rlhf.models.hf import hf_from_configuration
+
+    try:
+        model = hf_from_configuration(metadata["config"])
+        for scope, options in metadata["scopes"].items():
+            model.add_finetune_params(scope, **options)
+        own = unshared(model)
+        if own.keys() != tensors.keys():
+            raise KeyError(sorted(own.keys() ^ tensors.keys())[0])
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{what} does not hold a model of transformers: {_sentence(error)}") from error
+    return model.requires_grad_(True)
+
+
+def unshared(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module, every tensor once: safetensors refuses memory that two names share."""
+    seen: dict[int, str] = {}
+    found = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if seen.setdefault(id(tensor), name) == name:
+            found[name] = tensor
+    return found
 
 
 def save_palm(path: str | Path, model: PaLM, **metadata: Any) -> Path:

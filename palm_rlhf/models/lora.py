@@ -1,8 +1,9 @@
-"""Low-rank adapters (Hu et al., 2021, arXiv:2106.09685) on PaLM's attention projections."""
+"""Low-rank adapters (Hu et al., 2021, arXiv:2106.09685) on PaLM's projections."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,30 +39,62 @@ class LoRA(nn.Module):
         return (x @ self.A) @ (self.B * self.scale)
 
 
-class BlockLoRA(nn.ModuleList):
-    """The adapters of one block in palm-rlhf-pytorch's order: queries, keys, values, output."""
+# The projections of a block: queries, keys, values, output; of the feed-forward two halves and the way back.
+PROJECTIONS = {
+    "q": "attention", "k": "attention", "v": "attention", "o": "attention",
+    "up": "mlp", "gate": "mlp", "down": "mlp",
+}  # fmt: skip
 
-    def __init__(self, dim: int, inner: int, dim_head: int, r: int) -> None:
-        """`inner` is heads * dim_head."""
-        super().__init__(
-            (LoRA(dim, inner, r), LoRA(dim, dim_head, r), LoRA(dim, dim_head, r), LoRA(inner, dim, r))
-        )
+
+class BlockLoRA(nn.Module):
+    """The adapters of one block, in the order of `PROJECTIONS`: 0 to 3 are palm-rlhf-pytorch's.
+
+    `lora[i]` is one of them, or None; they are numbered in checkpoints too. Iterating gives those there are.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, int]], r: int) -> None:
+        """`sizes` are the input and output widths of the projections that get an adapter; may be empty."""
+        super().__init__()
+        for number, name in enumerate(PROJECTIONS):
+            if name in sizes:
+                self.add_module(str(number), LoRA(*sizes[name], r))
+
+    def __getitem__(self, number: int) -> LoRA | None:
+        return self._modules.get(str(number))
+
+    def __iter__(self) -> Iterator[LoRA]:
+        return iter(self._modules.values())
 
     @property
-    def inputs(self) -> list[LoRA]:
-        """Those of queries, keys and values."""
-        return list(self)[:3]
+    def targets(self) -> list[str]:
+        """The projections with an adapter."""
+        return [name for number, name in enumerate(PROJECTIONS) if self[number] is not None]
 
-    def added_to_qkv(self) -> Tensor:
-        """[inner + 2 * dim_head, dim], to be added to the rows of the fused projection for q, k and v."""
-        return torch.cat([lora.weight for lora in self.inputs], dim=1).t()
+    def added(self, first: int, widths: Sequence[int]) -> Tensor | None:
+        """[sum of widths, dim] for the rows of a fused projection, whose parts begin with number `first`.
 
-    def added_to_output(self) -> Tensor:
-        """[dim, inner], to be added to the output projection."""
-        return self[3].weight.t()
+        None where no part has an adapter.
+        """
+        parts = [self[first + i] for i in range(len(widths))]
+        there = next((lora for lora in parts if lora is not None), None)
+        if there is None:
+            return None
+        rows = [
+            there.A.new_zeros(width, len(there.A)) if lora is None else lora.weight.t()
+            for lora, width in zip(parts, widths)
+        ]
+        return torch.cat(rows)
 
-    def qkv(self, x: Tensor) -> Tensor:
-        """What is added to q, k and v side by side, [..., inner + 2 * dim_head]."""
-        low = x @ torch.cat([lora.A for lora in self.inputs], dim=1)
-        parts = low.split([lora.A.shape[1] for lora in self.inputs], dim=-1)
-        return torch.cat([part @ (lora.B * lora.scale) for part, lora in zip(parts, self.inputs)], dim=-1)
+    def plus(self, first: int, x: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs of the projections from number `first` on, all of x, with what their adapters add."""
+        loras = [self[first + i] for i in range(len(outputs))]
+        there = [lora for lora in loras if lora is not None]
+        if not there:
+            return list(outputs)
+        # One product for all that read the same.
+        low = x @ torch.cat([lora.A for lora in there], dim=1)
+        parts = iter(low.split([lora.A.shape[1] for lora in there], dim=-1))
+        return [
+            out if lora is None else out + next(parts) @ (lora.B * lora.scale)
+            for lora, out in zip(loras, outputs)
+        ]

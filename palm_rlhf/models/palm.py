@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from palm_rlhf.models.block import Block, Context
 from palm_rlhf.models.cache import KVCache
-from palm_rlhf.models.lora import BlockLoRA
+from palm_rlhf.models.finetune import Targets, chosen, last_blocks
+from palm_rlhf.models.lora import PROJECTIONS, BlockLoRA
 from palm_rlhf.models.protocol import IGNORED, Head
 from rlhf_kernels import RotaryTable, RotaryTables, layer_norm, linear_logprob, rotary_tables
 
@@ -261,6 +262,11 @@ class PaLM(nn.Module):
             block.attn_dropout = block.ff_dropout = dropout
         return self
 
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The names of its adapters."""
+        return tuple(self.finetune_modules)
+
     def _scope(self, scope: str) -> nn.ModuleList:
         if scope not in self.finetune_modules:
             there = ", ".join(map(repr, self.finetune_modules)) or "none"
@@ -269,16 +275,46 @@ class PaLM(nn.Module):
             )
         return self.finetune_modules[scope]
 
-    def add_finetune_params(self, scope: str, lora_r: int | None = None) -> None:
-        """Adds adapters that change nothing yet; ValueError where the scope exists."""
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, the first one first."""
+        return list(self.layers)
+
+    def add_finetune_params(
+        self,
+        scope: str,
+        lora_r: int | None = None,
+        targets: Targets = "attention",
+        last_layers: int | None = None,
+    ) -> None:
+        """Adds adapters that change nothing yet.
+
+        Args:
+            scope: their name. lora_r: their rank; the model's own by default.
+            targets: the projections that get one: "attention", "mlp", "all", or names of
+                `lora.PROJECTIONS`.
+            last_layers: only in so many of the last layers.
+
+        Raises:
+            ValueError: the scope exists, or there are no such projections or layers.
+        """
         if scope in self.finetune_modules:
             raise ValueError(f"PaLM: there are adapters {scope!r} already. Remove or merge them first.")
-        c, weight = self.config, self.token_emb.weight
-        rank = self.lora_r if lora_r is None else lora_r
-        adapters = nn.ModuleList(
-            BlockLoRA(c.dim, c.heads * c.dim_head, c.dim_head, rank) for _ in self.layers
-        )
+        weight, rank = self.token_emb.weight, self.lora_r if lora_r is None else lora_r
+        names = chosen(PROJECTIONS, targets, "PaLM")
+        deep = {id(block) for block in last_blocks(self, last_layers)}
+        adapters = nn.ModuleList()
+        for block in self.layers:
+            sizes = block.projections()
+            adapters.append(BlockLoRA({n: sizes[n] for n in names if id(block) in deep}, rank))
         self.finetune_modules[scope] = adapters.to(device=weight.device, dtype=weight.dtype)
+
+    def adapter_options(self, scope: str) -> dict[str, Any]:
+        """The arguments of `add_finetune_params` that make adapters such as these."""
+        there = [lora for lora in self._scope(scope) if lora.targets]
+        rank = next(iter(there[0])).A.shape[1]
+        last_layers = None if len(there) == len(self.layers) else len(there)
+        return {"lora_r": rank, "targets": there[0].targets, "last_layers": last_layers}
 
     def remove_finetune_params(self, scope: str) -> nn.Module:
         """Takes adapters out and returns them."""

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from palm_rlhf.algorithms.critics import bin_centres
 from palm_rlhf.algorithms.preferences import expected_value
+from palm_rlhf.models.finetune import learned
 from palm_rlhf.models.protocol import IGNORED, CausalModel
 from rlhf_kernels import linear_logprob
 
@@ -32,14 +33,16 @@ class ValueModel(nn.Module):
         bins: int = 0,
         low: float = -1.0,
         high: float = 1.0,
+        last_layers: int | None = None,
     ) -> None:
         """The head starts at 0 (Huang et al., 2024: every value is 0 before the first update).
 
+        Without a scope, `last_layers` says how many of the backbone's last layers learn beside the head.
         With `bins` a value is the mean of a distribution over as many equal parts of [low, high], and starts
         in the middle of them; ValueError for a single bin, or an empty range.
         """
         super().__init__()
-        self.model, self.scope = model, scope
+        self.model, self.scope, self.last_layers = model, scope, last_layers
         weight = model.head.weight
         if bins and not (bins > 1 and low < high):
             raise ValueError(
@@ -57,7 +60,9 @@ class ValueModel(nn.Module):
 
     def scored(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The same, and the logits [B, T, bins] that the values are the means of, where there are bins."""
-        found = self.value_head(self.model.hidden_states(tokens, mask=mask, scope=self.scope))
+        hidden = self.model.hidden_states(tokens, mask=mask, scope=self.scope)
+        with torch.autocast(hidden.device.type, enabled=False):  # a number wants all its digits
+            found = self.value_head(hidden.to(self.value_head.weight.dtype))
         if self.centres is None:
             return found.squeeze(-1), None
         return expected_value(found, self.centres), found
@@ -65,15 +70,16 @@ class ValueModel(nn.Module):
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that learn."""
         yield from self.value_head.parameters()
-        yield from self.model.finetune_parameters(self.scope) if self.scope else self.model.parameters()
+        yield from learned(self.model, self.scope, self.last_layers)
 
 
 class Policy(nn.Module):
     """A model with one scope's adapters, or without any: what is trained, sampled from, or referred to."""
 
-    def __init__(self, model: CausalModel, scope: str | None = None) -> None:
+    def __init__(self, model: CausalModel, scope: str | None = None, last_layers: int | None = None) -> None:
+        """Without a scope all of the model learns, or so many of its last layers."""
         super().__init__()
-        self.model, self.scope = model, scope
+        self.model, self.scope, self.last_layers = model, scope, last_layers
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float = 1.0
@@ -148,7 +154,7 @@ class Policy(nn.Module):
 
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that learn."""
-        yield from self.model.finetune_parameters(self.scope) if self.scope else self.model.parameters()
+        yield from learned(self.model, self.scope, self.last_layers)
 
 
 def frozen(model: nn.Module) -> nn.Module:

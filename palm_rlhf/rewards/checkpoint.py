@@ -12,10 +12,11 @@ from torch import Tensor
 
 from palm_rlhf.models.checkpoint import (
     CheckpointError,
+    backbone_from_state,
+    backbone_metadata,
     from_upstream,
-    palm_from_state,
-    palm_state,
     read_tensors,
+    unshared,
     write_tensors,
 )
 from palm_rlhf.rewards.model import Pooling, RewardModel
@@ -25,7 +26,7 @@ KIND = "RewardModel"
 
 def save_reward_model(path: str | Path, model: RewardModel, **metadata: Any) -> Path:
     """Writes backbone, adapters, head and normalisation as safetensors; `metadata` is what JSON holds."""
-    _, backbone = palm_state(model.palm)
+    backbone = backbone_metadata(model.palm)
     options = {
         "dropout": model.dropout,
         "num_binned_output": model.to_pred.out_features if model.binned_output else 0,
@@ -34,7 +35,7 @@ def save_reward_model(path: str | Path, model: RewardModel, **metadata: Any) -> 
         "pooling": model.pooling,
     }
     own = {"kind": KIND, **backbone, "scope": model.reward_lora_scope, "options": options}
-    return write_tensors(path, model.state_dict(), {**own, **metadata})
+    return write_tensors(path, unshared(model), {**own, **metadata})
 
 
 def load_reward_model(
@@ -68,7 +69,7 @@ def load_reward_model(
     # Copies, whose memory is aligned as PyTorch's own: in the file a tensor may begin anywhere, and products
     # with it then round otherwise.
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    palm = palm_from_state(_palm_part(tensors), metadata, str(path))
+    palm = backbone_from_state(_palm_part(tensors), metadata, str(path)).to(device)
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("palm.")}
     return _assembled(palm, metadata.get("scope"), rest, metadata["options"], str(path))
 
@@ -104,7 +105,7 @@ def reward_from_upstream(
                 f"{what} does not hold palm-rlhf-pytorch's RewardModel: {needed} is missing."
             )
     backbone = from_upstream(_palm_part(state), what=what, **palm)
-    scopes = list(backbone.finetune_modules)
+    scopes = list(backbone.scopes)
     if scopes and reward_lora_scope is not None and reward_lora_scope not in scopes:
         raise CheckpointError(
             f"{what} has the adapters {', '.join(map(repr, scopes))}, expected {reward_lora_scope!r}. "
@@ -130,19 +131,17 @@ def _assembled(
 ) -> RewardModel:
     """A reward model on this backbone, with the adapters of that scope, and these tensors."""
     try:
-        adapters = palm.remove_finetune_params(scope) if scope is not None else None
-        rank = 8 if adapters is None else adapters[0][0].A.shape[1]
+        adapters, how = {}, {}
+        if scope is not None:
+            ids = {id(parameter) for parameter in palm.finetune_parameters(scope)}
+            adapters = {f"palm.{name}": p.data for name, p in palm.named_parameters() if id(p) in ids}
+            how = palm.adapter_options(scope)
+            how["lora_targets"] = how.pop("targets")
+            palm.remove_finetune_params(scope)
         model = RewardModel(
-            palm,
-            use_lora=scope is not None,
-            lora_r=rank,
-            reward_lora_scope=scope or "",
-            share=True,
-            **options,
+            palm, use_lora=scope is not None, reward_lora_scope=scope or "", share=True, **how, **options
         )
-        if adapters is not None:
-            model.palm.finetune_modules[scope] = adapters
-        result = model.load_state_dict(dict(rest), strict=False, assign=True)
+        result = model.load_state_dict({**rest, **adapters}, strict=False, assign=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{what} does not hold a {KIND}: {' '.join(str(error).split())}") from error
     odd = [*result.unexpected_keys, *(name for name in result.missing_keys if not name.startswith("palm."))]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from palm_rlhf.algorithms.preferences import binned_loss, expected_value, regression_loss
 from palm_rlhf.generation import Generation
+from palm_rlhf.models.finetune import Targets, learned
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import set_dropout
 from rlhf_kernels import sample
@@ -51,6 +52,8 @@ class RewardModel(nn.Module):
         *,
         pooling: Pooling = "last",
         share: bool | None = None,
+        lora_targets: Targets = "attention",
+        last_layers: int | None = None,
     ) -> None:
         """The head starts at N(0, 1/sqrt(E + 1)) with bias 0 (Ziegler et al., 2019, arXiv:1909.08593).
 
@@ -65,6 +68,8 @@ class RewardModel(nn.Module):
             pooling: the `last` real token, or the `mean` of all.
             share: use palm's own weights; None: with adapters only. Whatever changes them changes the
                 rewards: pass False where the policy learns without adapters, or merges them.
+            lora_targets: the projections that get adapters; see the model's `add_finetune_params`.
+            last_layers: adapt, or without adapters learn, so many of the backbone's last layers only.
 
         Raises:
             ValueError: pooling is neither, or palm has adapters of that name.
@@ -75,7 +80,7 @@ class RewardModel(nn.Module):
             raise ValueError(f"RewardModel: pooling must be 'last' or 'mean', got {pooling!r}")
         if use_lora and not hasattr(palm, "add_finetune_params"):
             raise TypeError(f"RewardModel: a {type(palm).__name__} takes no adapters. Pass use_lora=False.")
-        if use_lora and reward_lora_scope in getattr(palm, "finetune_modules", ()):
+        if use_lora and reward_lora_scope in getattr(palm, "scopes", ()):
             raise ValueError(
                 f"RewardModel: there are adapters {reward_lora_scope!r} already. Choose another "
                 "reward_lora_scope, or load the reward model that they belong to."
@@ -83,8 +88,9 @@ class RewardModel(nn.Module):
         self.palm = _twin(palm, share=use_lora if share is None else share)
         set_dropout(dropout, self.palm)
         self.reward_lora_scope = reward_lora_scope if use_lora else None
+        self.last_layers = last_layers
         if use_lora:
-            self.palm.add_finetune_params(reward_lora_scope, lora_r)
+            self.palm.add_finetune_params(reward_lora_scope, lora_r, lora_targets, last_layers)
         self.binned_output = num_binned_output > 1
         self.pooling, self.dropout = pooling, dropout
         self.sample_from_bins = bool(sample_from_bins) and self.binned_output
@@ -154,7 +160,8 @@ class RewardModel(nn.Module):
             scope=None if disable_lora else self.reward_lora_scope,
             **({} if extra is None else {"extra_embed": extra}),
         )
-        pred = self.to_pred(pooled(hidden, mask, self.pooling).to(self.to_pred.weight.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):  # a number wants all its digits
+            pred = self.to_pred(pooled(hidden, mask, self.pooling).to(self.to_pred.weight.dtype))
         return pred if self.binned_output else pred.squeeze(-1)
 
     def pair_scores(
@@ -178,8 +185,7 @@ class RewardModel(nn.Module):
 
     def finetune_parameters(self) -> list[nn.Parameter]:
         """What learns: the head, the embeddings of prompt and response, and the adapters or the backbone."""
-        scope = self.reward_lora_scope
-        backbone = self.palm.parameters() if scope is None else self.palm.finetune_parameters(scope)
+        backbone = learned(self.palm, self.reward_lora_scope, self.last_layers)
         return [*self.to_pred.parameters(), self.prompt_embed, self.response_embed, *backbone]
 
     def _scaled(self, value: Tensor) -> Tensor:
@@ -285,7 +291,7 @@ def _twin(palm: Any, share: bool) -> Any:
     """The same model in modules of its own, without adapters; its weights are shared or copied."""
     tensors = (*palm.parameters(), *palm.buffers()) if share else ()
     twin = copy.deepcopy(palm, {id(tensor): tensor for tensor in tensors})
-    for scope in list(getattr(twin, "finetune_modules", ())):
+    for scope in getattr(twin, "scopes", ()):
         twin.remove_finetune_params(scope)
     return twin
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palm_rlhf.generation import Generation
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import Tokenizer, prompt_text
 
 # Rewards are float32: what is larger would be infinite there.
 _LARGEST = torch.finfo(torch.float32).max
@@ -56,7 +56,7 @@ class ProgrammaticReward:
         for row in range(len(generation.tokens)):
             prompt, response = generation.prompt(row), generation.response(row, without=without)
             if self.on == "text":
-                prompt, response = self.tokenizer.decode(prompt), self.tokenizer.decode(response)
+                prompt, response = prompt_text(self.tokenizer, prompt), self.tokenizer.decode(response)
             found.append(self._score(prompt, response))
         return torch.tensor(found, dtype=torch.float32, device=generation.tokens.device)
 

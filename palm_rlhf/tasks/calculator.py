@@ -12,7 +12,7 @@ import torch
 from palm_rlhf.generation import generate
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.tasks.text import read_text
-from palm_rlhf.tokens import Tokenizer, stop_token
+from palm_rlhf.tokens import Tokenizer, prompt_ids, stop_token
 
 # Problems answered at a time.
 _BATCH = 512
@@ -62,9 +62,10 @@ class Calculator:
         right = 0.0
         for start in range(0, len(self.held_out), _BATCH):
             prompts = self.held_out[start : start + _BATCH]
+            asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
             drawn = generate(
-                model, [tokenizer.encode(p) for p in prompts], max_new_tokens=self.max_new_tokens, stop=stop,
-                temperature=temperature, generator=generator, scope=scope, pad=tokenizer.pad, samples=samples,
+                model, asked, max_new_tokens=self.max_new_tokens, stop=stop, temperature=temperature,
+                generator=generator, scope=scope, pad=tokenizer.pad, samples=samples,
             )  # fmt: skip
             for row in range(len(drawn.tokens)):
                 response = tokenizer.decode(drawn.response(row, without=(stop,)))

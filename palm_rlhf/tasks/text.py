@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,10 @@ def lines(
     """
     rows, given = [], []
     for text in texts:
-        prompt, response = ([], text) if isinstance(text, str) else (tokenizer.encode(text[0]), text[1])
+        if isinstance(text, str):
+            prompt, response = first_ids(tokenizer), text
+        else:
+            prompt, response = prompt_ids(tokenizer, text[0]), text[1]
         rows.append([*prompt, *tokenizer.encode(response), tokenizer.stop if stop is None else stop])
         given.append(len(prompt))
     if not rows:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from palm_rlhf.models.checkpoint import CheckpointError, read_tensors, write_tensors
+from palm_rlhf.models.checkpoint import CheckpointError, read_tensors, unshared, write_tensors
 
 if TYPE_CHECKING:
     from palm_rlhf.trainers.loop import Learner
@@ -47,7 +47,7 @@ class Checkpoints:
         aside.mkdir(parents=True)
         try:
             for name, module in learner.modules().items():
-                write_tensors(aside / f"{name}.safetensors", _state_dict(module), {"learner": learner.name})
+                write_tensors(aside / f"{name}.safetensors", unshared(module), {"learner": learner.name})
             state = {
                 "step": step,
                 "learner": learner.name,
@@ -128,16 +128,6 @@ class Checkpoints:
         return "Remove it to start over, or choose another output folder."
 
 
-def _state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor once: safetensors refuses memory that two names share."""
-    seen: dict[int, str] = {}
-    found = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if seen.setdefault(id(tensor), name) == name:
-            found[name] = tensor
-    return found
-
-
 def _to_disk(path: Path) -> None:
     """Waits until a file, or the names in a folder, would survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -149,7 +139,7 @@ def _to_disk(path: Path) -> None:
 
 def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
     """In place, so that optimizers keep their parameters."""
-    own = _state_dict(module)
+    own = unshared(module)
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise CheckpointError(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from palm_rlhf.trainers.ranks import ranks
+
+Precision = Literal["float32", "bf16"]
 
 
 class Order:
@@ -40,6 +44,7 @@ class Trainer:
         *,
         batch: int,
         max_grad_norm: float | None,
+        precision: Precision = "float32",
     ) -> None:
         """
         Args:
@@ -48,10 +53,27 @@ class Trainer:
             generators: all sources of randomness, the order's among them.
             batch: examples that are taken at a time.
             max_grad_norm: what the gradients of each optimizer are clipped to; None: they are not.
+            precision: of products in forward and backward passes. Weights, their gradients, optimizers,
+                log-probabilities and losses are as without it.
+
+        Raises:
+            ValueError: the launch asks for another precision.
         """
+        asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if asked not in ("no", precision):
+            raise ValueError(
+                f"accelerate launch asks for mixed precision {asked}, and the run for {precision}. "
+                "Give --precision bf16, or launch with --mixed_precision no or bf16."
+            )
+        self._lower = precision == "bf16"
         self.name, self._order, self._batch_size = name, order, batch
         self._optimizers, self._generators = dict(optimizers), dict(generators)
         self._max_grad_norm, self.ranks = max_grad_norm, ranks()
+
+    def autocast(self) -> torch.autocast:
+        """In which forward passes run."""
+        kind = next(iter(self._optimizers.values())).param_groups[0]["params"][0].device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self._lower)
 
     def rates(self, index: int) -> Mapping[str, float]:
         """The learning rate of each optimizer in the step with this index."""
@@ -132,6 +154,20 @@ def train_only(learned: Iterable[nn.Parameter], *parts: nn.Module) -> list[nn.Pa
         for parameter in part.parameters():
             parameter.requires_grad_(id(parameter) in ids)
     return learned
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def forward_pass(method: Method) -> Method:
+    """A method of a trainer that calls models: it runs in the trainer's precision."""
+
+    @functools.wraps(method)
+    def lowered(self: Trainer, *args: Any, **options: Any) -> Any:
+        with self.autocast():
+            return method(self, *args, **options)
+
+    return lowered
 
 
 def linear_share(index: int, steps: int, *, warmup: int = 0, anneal: bool = True) -> float:

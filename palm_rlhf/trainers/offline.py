@@ -16,8 +16,8 @@ from palm_rlhf.algorithms.preferences import pair_accuracy
 from palm_rlhf.generation import left_padded
 from palm_rlhf.models.value import Policy, set_dropout
 from palm_rlhf.tasks.pairs import Pair
-from palm_rlhf.tokens import Tokenizer
-from palm_rlhf.trainers.learner import train_only
+from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
+from palm_rlhf.trainers.learner import forward_pass, train_only
 from palm_rlhf.trainers.passes import PassesConfig, PassesTrainer
 
 
@@ -164,6 +164,7 @@ class OfflineTrainer(PassesTrainer):
         # Every process has filled the places of its share.
         return sum(self.ranks.everyones(found))
 
+    @forward_pass
     def _summed(self, policy: Policy, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
         """[B]: log-probabilities of responses after their prompts, which meet in one column."""
         tokens, mask = left_padded(prompts, self.pad)
@@ -179,12 +180,14 @@ class OfflineTrainer(PassesTrainer):
         end = [self.stop] if self.config.stop else []
         split = []
         for pair in pairs:
-            prompt, *both = (tokenizer.encode(text) for text in (pair.prompt, pair.chosen, pair.rejected))
+            prompt = prompt_ids(tokenizer, pair.prompt)
+            both = [tokenizer.encode(text) for text in (pair.chosen, pair.rejected)]
             both = [[*response, *end] for response in both]
             if not prompt:
                 # A text follows the end of another; what both dialogues begin with is what they respond to.
                 same = _common(*both)
-                prompt, both = [self.stop, *both[0][:same]], [response[same:] for response in both]
+                start = first_ids(tokenizer) or [self.stop]
+                prompt, both = [*start, *both[0][:same]], [response[same:] for response in both]
             split.append((prompt, *both))
         found = []
         for i, (pair, (prompt, chosen, rejected)) in enumerate(zip(pairs, split)):

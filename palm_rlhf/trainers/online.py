@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palm_rlhf.algorithms.estimators import response_kl
-from palm_rlhf.algorithms.objectives import masked_mean
 from palm_rlhf.algorithms.policy import adapted
 from palm_rlhf.algorithms.row import Algorithm, Loss, Outputs, Whole
 from palm_rlhf.generation import Generation, generate, joined
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.seeds import drawn_seeds
-from palm_rlhf.trainers.learner import Order, Trainer, linear_share, train_only
+from palm_rlhf.trainers.figures import described
+from palm_rlhf.trainers.learner import Order, Precision, Trainer, forward_pass, linear_share, train_only
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class OnlineConfig:
     """Rollouts on which the critic learns alone, before the policy does as well."""
     max_grad_norm: float | None = 1.0
     """Clip gradients to this norm, policy and critic apart; None: not."""
+    precision: Precision = "float32"
+    """Of products; with bf16 weights, log-probabilities and losses stay float32."""
     anneal: bool = True
     """Let the learning rates fall to 0 over the run."""
     steps: int = 100
@@ -150,6 +151,7 @@ class OnlineTrainer(Trainer):
             generators,
             batch=config.prompts,
             max_grad_norm=config.max_grad_norm,
+            precision=config.precision,
         )
         self._set_rates(0)
 
@@ -171,7 +173,7 @@ class OnlineTrainer(Trainer):
         rollout = self.estimated(rollout)
         estimated = time.perf_counter()
         metrics |= self.update(rollout, index)
-        metrics |= self._describe(rollout)
+        metrics |= described(rollout, self.options)
         self.options = adapted(self.options, rollout)
         metrics |= {
             "rollout_seconds": sampled - began,
@@ -197,14 +199,15 @@ class OnlineTrainer(Trainer):
         mine = self.ranks.share(len(whole))
         prompts, seeds = whole[mine], seeds[mine]
         size = max(1, (c.rollout_batch or len(whole) * c.samples) // c.samples)
-        parts = [
-            generate(
-                self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
-                samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, stop=self.stop,
-                pad=self.pad, seeds=seeds[start : start + size], scope=self.policy.scope,
-            )
-            for start in range(0, len(prompts), size)
-        ]  # fmt: skip
+        with self.autocast():
+            parts = [
+                generate(
+                    self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
+                    samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+                    stop=self.stop, pad=self.pad, seeds=seeds[start : start + size], scope=self.policy.scope,
+                )
+                for start in range(0, len(prompts), size)
+            ]  # fmt: skip
         scores = [self.reward(part).float() for part in parts]
         device = self.policy.model.device
         found = self.ranks.everyones(list(zip(parts, scores)))
@@ -238,14 +241,15 @@ class OnlineTrainer(Trainer):
     def with_head(self, rollout: Rollout) -> Rollout:
         """The rollout with the tokens that the policy finds most probable now at every place."""
 
-        def head(part: Rollout) -> tuple[Tensor, Tensor]:
-            g = part.generation
-            return self.policy.most_probable(
-                g.tokens, g.mask, g.prompt_width, part.temperature, self.options.head
-            )
-
-        ids, logprob = self._by_all(rollout, head)
+        ids, logprob = self._by_all(rollout, self._most_probable)
         return replace(rollout, head_ids=ids, head_logprob=logprob)
+
+    @forward_pass
+    def _most_probable(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        g = rollout.generation
+        return self.policy.most_probable(
+            g.tokens, g.mask, g.prompt_width, rollout.temperature, self.options.head
+        )
 
     def _by_all(self, rollout: Rollout, score: Callable[[Rollout], Sequence[Tensor]]) -> list[Tensor]:
         """What `score` finds for parts of a rollout, [B, R, ...] each: every process scores its share."""
@@ -261,10 +265,12 @@ class OnlineTrainer(Trainer):
         if share.start < share.stop:
             yield from rollout.rows(share).micro_batches(size)
 
+    @forward_pass
     def _scored(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
         g = rollout.generation
         return policy(g.tokens, g.mask, g.prompt_width, rollout.temperature)
 
+    @forward_pass
     def _values(self, rollout: Rollout, critic: ValueModel) -> tuple[Tensor, Tensor | None]:
         """[B, R]: the value of the state before each token of the response; logits of a critic with bins."""
         g = rollout.generation
@@ -272,6 +278,7 @@ class OnlineTrainer(Trainer):
         first = g.prompt_width - 1
         return values[:, first:], None if logits is None else logits[:, first:]
 
+    @forward_pass
     def outputs(self, rollout: Rollout) -> Outputs:
         """What the learner finds for these responses now."""
         head = None
@@ -336,24 +343,6 @@ class OnlineTrainer(Trainer):
             yield from rollout.minibatches(
                 self.config.minibatch, self._generators["minibatches"], groups=self.algorithm.groups
             )
-
-    def _describe(self, rollout: Rollout) -> dict[str, float]:
-        g, mask = rollout.generation, rollout.mask
-        found = {
-            "reward": rollout.score.mean(),
-            "response_tokens": mask.sum(1).float().mean(),
-            "stopped": g.stopped.float().mean(),
-            "log_mass": masked_mean(g.log_mass, mask),
-        }
-        if rollout.reference_logprob is not None:
-            found["kl"] = masked_mean(rollout.logprob - rollout.reference_logprob, mask)
-            found["kl_response"] = response_kl(rollout).mean()
-            found["kl_coef"] = self.options.kl_coef
-        if rollout.returns is not None and rollout.values is not None:
-            error = masked_mean((rollout.returns - rollout.values).square(), mask)
-            spread = masked_mean((rollout.returns - masked_mean(rollout.returns, mask)).square(), mask)
-            found["explained_variance"] = 1 - error / spread.clamp(min=1e-8)
-        return {name: float(value) for name, value in found.items()}
 
     def modules(self) -> dict[str, nn.Module]:
         """The policy's model, with all its adapters; the critic's too where it is another, and its head."""

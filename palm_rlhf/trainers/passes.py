@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from palm_rlhf.trainers.learner import Order, Trainer, linear_share
+from palm_rlhf.trainers.learner import Order, Precision, Trainer, linear_share
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class PassesConfig:
     """AdamW's."""
     max_grad_norm: float | None = 1.0
     """Clip gradients to this norm; None: not."""
+    precision: Precision = "float32"
+    """Of products; with bf16 weights, log-probabilities and losses stay float32."""
     max_tokens: int = 512
     """Tokens of a text at most."""
     stop: bool = True
@@ -83,6 +85,7 @@ class PassesTrainer(Trainer):
             {"order": generator},
             batch=config.batch,
             max_grad_norm=config.max_grad_norm,
+            precision=config.precision,
         )
 
     @property

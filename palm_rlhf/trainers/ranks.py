@@ -69,12 +69,7 @@ class Launched(Ranks):
     """One of several, by accelerate."""
 
     def __init__(self) -> None:
-        """Joins the others.
-
-        Raises:
-            ModuleNotFoundError: accelerate is not installed.
-            ValueError: the launch asks for what trainers do not do.
-        """
+        """Joins the others; ModuleNotFoundError where accelerate is not installed."""
         from accelerate import PartialState, utils
 
         # Where there is no GPU it has to be said, or accelerate would take each process to be alone.
@@ -109,15 +104,23 @@ class Launched(Ranks):
 # As launchers name the number of processes: torchrun, and those of MPI.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
+_SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+
 
 @functools.cache
 def ranks() -> Ranks:
     """The processes of this run: alone, unless a launcher has said in the environment how many there are.
 
     Raises:
-        ValueError: several processes were asked for, and one was started.
+        ValueError: several processes were asked for and one was started, or models are to be cut in shards.
     """
     environment = os.environ
+    for name, what in _SHARDING.items():
+        if environment.get(name, "").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"the launch asks for {what}, which cuts models in shards: here each process holds the whole "
+                "model. Launch with examples/accelerate/processes.yaml."
+            )
     if max(int(environment.get(name) or 1) for name in _COUNTS) > 1:
         return Launched()
     if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:

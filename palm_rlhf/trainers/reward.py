@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.preferences import bradley_terry_loss, expected_value, pair_accuracy
 from palm_rlhf.rewards.model import RewardModel
 from palm_rlhf.tasks.pairs import Labelled, Pair
-from palm_rlhf.tokens import Tokenizer
+from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
 from palm_rlhf.trainers.learner import train_only
 from palm_rlhf.trainers.passes import PassesConfig, PassesTrainer
 
@@ -95,11 +95,13 @@ class RewardTrainer(PassesTrainer):
             [row.texts[k] for k in range(len(rows[0].texts)) for row in rows]
         )
         if self.pairs:
-            chosen, rejected = self.model.pair_scores(tokens, mask, prompt_mask)
+            with self.autocast():
+                chosen, rejected = self.model.pair_scores(tokens, mask, prompt_mask)
             losses = bradley_terry_loss(chosen, rejected, self._numbers(rows, chosen.dtype))
             chosen, rejected = chosen.detach(), rejected.detach()
             return losses, {"accuracy": pair_accuracy(chosen, rejected), "difference": chosen - rejected}
-        predictions = self.model.predictions(tokens, mask, prompt_mask)
+        with self.autocast():
+            predictions = self.model.predictions(tokens, mask, prompt_mask)
         if not self.model.binned_output:
             labels = self._numbers(rows, predictions.dtype)
             return self.model.label_loss(predictions, labels), {
@@ -128,7 +130,7 @@ class RewardTrainer(PassesTrainer):
         return tokens.to(device), mask.to(device), prompts.to(device) if self._prompts else None
 
     def _row(self, example: Pair | Labelled, tokenizer: Tokenizer, end: list[int]) -> _Row:
-        prompt = tokenizer.encode(example.prompt)
+        prompt = prompt_ids(tokenizer, example.prompt) or first_ids(tokenizer)
         responses = (example.chosen, example.rejected) if isinstance(example, Pair) else (example.text,)
         texts = tuple(self._text(prompt, [*tokenizer.encode(response), *end]) for response in responses)
         if isinstance(example, Pair):

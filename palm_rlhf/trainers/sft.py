@@ -13,7 +13,7 @@ from palm_rlhf.algorithms.objectives import masked_mean
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import Policy
 from palm_rlhf.tasks.text import Samples
-from palm_rlhf.trainers.learner import Order, Trainer, train_only
+from palm_rlhf.trainers.learner import Order, Precision, Trainer, forward_pass, train_only
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class SFTConfig:
     """AdamW's decay of squared gradients; the other is 0.9."""
     max_grad_norm: float | None = 1.0
     """Clip gradients to this norm; None: not."""
+    precision: Precision = "float32"
+    """Of products; with bf16 weights, log-probabilities and losses stay float32."""
     eval_every: int = 50
     """Updates between two looks at the samples held back; the last update is always followed by one."""
     eval_samples: int = 256
@@ -74,10 +76,11 @@ class SFTTrainer(Trainer):
         held_back: Samples | None,
         config: SFTConfig,
         scope: str | None = None,
+        last_layers: int | None = None,
     ) -> None:
         """
         Args:
-            model: learns; with a `scope`, its adapters of that name do.
+            model: learns; with a `scope`, its adapters of that name do; else `last_layers` may say how many.
             samples: what to imitate.
             held_back: what `validation_loss` is of; None or empty: it is not logged.
             config: sizes and rates.
@@ -92,7 +95,7 @@ class SFTTrainer(Trainer):
             raise ValueError(
                 f"samples of {longest} tokens exceed the model's {model.max_length}. Lower the length."
             )
-        self.model, self.policy, self.config = model, Policy(model, scope), config
+        self.model, self.policy, self.config = model, Policy(model, scope, last_layers), config
         self.samples, self.held_back = (
             samples,
             held_back if held_back is not None and len(held_back) else None,
@@ -111,6 +114,7 @@ class SFTTrainer(Trainer):
             {"order": generator},
             batch=config.batch,
             max_grad_norm=config.max_grad_norm,
+            precision=config.precision,
         )
 
     def rates(self, index: int) -> dict[str, float]:
@@ -149,6 +153,7 @@ class SFTTrainer(Trainer):
         tokens, mask = samples.batch(index)
         return tuple(x.to(self.model.device) for x in (tokens, mask, samples.learned(index, mask)))
 
+    @forward_pass
     def _loss_sum(self, tokens: Tensor, mask: Tensor, learned: Tensor) -> Tensor:
         return -masked_mean(self.policy(tokens, mask, prompt_width=1)[0], learned[:, 1:], 1.0)
 

@@ -1,6 +1,7 @@
 """Several processes that train together do what one does."""
 
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,3 +62,19 @@ def test_a_launch_that_started_one_process_instead_of_several_says_so(monkeypatc
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ValueError, match="was to start several processes and started one"):
         ranks.__wrapped__()
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launch_that_cuts_models_in_shards_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match="each process holds the whole model"):
+        ranks.__wrapped__()
+
+
+def test_accelerate_reads_the_configuration():
+    activate()
+    config = pytest.importorskip("accelerate.commands.config.config_args")
+    file = Path(__file__).parents[2] / "examples" / "accelerate" / "processes.yaml"
+    found = config.load_config_from_file(str(file))
+    # As accelerate does it: a field that it does not know is an error.
+    assert (found.distributed_type, found.num_processes, found.use_cpu) == ("MULTI_GPU", 2, False)
