@@ -36,7 +36,8 @@ struct GaeBackward {
   double gamma, lam;
 };
 
-// y = a * (y of the step after, or before) + b; `initial` stands beyond the first step taken, and may be null.
+// y = a * (y of the step after, or before) + b; `initial` stands beyond the first step taken, and may be
+// null.
 template <class T>
 struct Recurrence {
   Plane<const T> a, b, initial;
