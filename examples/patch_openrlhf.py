@@ -23,10 +23,11 @@ def main() -> None:
         with rlhf_kernels.patch("openrlhf") as held:
             print(held)
     except rlhf_kernels.PatchError as error:
-        print(error)
+        print(f"not replaced in this process: {error}")
+    print("its functions from the installed source, against ours:")
     for name in ("get_advantages_and_returns", "masked_normalize"):
         (row,) = patched.check(patching.find("openrlhf"), only=[name], seconds=0.1)
-        print(f"{name}: {row.status}, difference {row.error:.1e}, {row.speedup:.1f}x")
+        print(f"  {name}: {row.status}, difference {row.error:.1e}, {row.speedup:.1f}x")
         assert row.status != "incorrect"
 
 

@@ -1,4 +1,4 @@
-"""The command `palm-rlhf`: sft, reward, train, generate."""
+"""The command `palm-rlhf`: sft, reward, train, generate, rollouts."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "reward": "train a reward model on pairs of a better and a worse response",
     "train": "train a model on rewards or on pairs: palm-rlhf train ppo, grpo, dpo, and others",
     "generate": "continue prompts, or choose the best of several responses",
+    "rollouts": "list what a run sampled, with rewards: of palm-rlhf train ... --keep-rollouts",
 }
 
 HELP = f"""\
@@ -44,8 +45,20 @@ on your own data:
   palm-rlhf reward --model runs/book --pairs pairs.jsonl --out runs/reward
   palm-rlhf train ppo --model runs/book --prompts-file prompts.txt --reward-model runs/reward --out runs/rlhf
 
+rewards by name, for --reward:
+  FILE.py:function           called with the texts of a prompt and a response; returns a number
+  lexicon:FILE               mean weight of a response's words; lines of a word, a tab, a number; or JSON
+  sentiment:FILE             log-odds of label 1 by Naive Bayes; lines of a text, a tab, 0 or 1
+  matches:REGEX, lacks:REGEX 1 where the response has a match, or has none; else 0
+  words:5-20, characters:-80 0 for such a length, 1 less for each that is missing or too many
+  run:RUN                    a reward model, as --reward-model RUN
+  implicit:RUN               beta (log pi - log pi_ref) of a run of train dpo or kto
+  hf:NAME, hf:NAME@LABEL     a sequence-classification model of transformers; log-odds of a label
+  FILE.json                  several: {{"combine": "mean", "rewards": ["words:5-20", "run:runs/reward"]}};
+                             sum, min, or lower (mean less k deviations); "weights", "k"
+
 on a model of transformers, by its folder or its name on the hub (docs/models.md):
-  palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \
+  palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \\
       --reward score.py:polite --out runs/grpo
 
 in several processes, on GPUs or on the CPU, or in bfloat16 (docs/training.md):
@@ -57,6 +70,7 @@ a run's folder:
   metrics.jsonl       one line a step; tensorboard/ has the same
   curve.png           the most telling of them, drawn at the end
   checkpoints/        the last two, with optimizer and random states
+  rollouts/           with --keep-rollouts what was sampled: palm-rlhf rollouts --run FOLDER
   model.safetensors   the result, with its tokenizer: what --model takes, by the folder's name
   model/              the same of a model of transformers, in its own format
 

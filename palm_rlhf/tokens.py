@@ -267,7 +267,10 @@ def load_tokenizer(
             found = AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{where} has no tokenizer of transformers: {reason}") from error
+            raise ValueError(
+                f"{where} has no tokenizer of transformers. Name another one: {HUB}NAME, bytes or a "
+                f"tokenizer.json. ({reason})"
+            ) from error
         return HFTokenizer(found, pad=pad, stop=stop, chat=chat, system=system)
     if chat or system is not None:
         raise ValueError(f"a chat needs a tokenizer of transformers with a chat template, got {name}")

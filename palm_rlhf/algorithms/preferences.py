@@ -21,6 +21,14 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float 
     return -F.logsigmoid(difference if margin is None else difference - margin)
 
 
+def centring_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(chosen + rejected)^2 per pair: Bradley-Terry leaves open where rewards lie, and this puts them at 0.
+
+    Eisenstein et al., 2023, arXiv:2312.09244, as a regulariser; 0.01 is their weight.
+    """
+    return (_full(chosen) + _full(rejected)).square()
+
+
 def pair_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
     """1 per pair where `chosen` is above, 0 where below, 1/2 where equal: a constant reward gets 1/2."""
     return 0.5 + 0.5 * torch.sign(_full(chosen) - _full(rejected))

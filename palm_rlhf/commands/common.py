@@ -19,6 +19,7 @@ from palm_rlhf.models.finetune import apart, learned
 from palm_rlhf.models.hf import HFModel, load_hf
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy
+from palm_rlhf.rewards.text import NAMES, text_reward
 from palm_rlhf.tasks.calculator import Calculator, gsm8k, products
 from palm_rlhf.tokens import HUB, FileTokenizer, HFTokenizer, Tokenizer, check_fits, load_tokenizer
 from rlhf_kernels.runtime.files import write_aside
@@ -66,6 +67,8 @@ class Tuning:
     were are copies."""
     lora_r: int = 8
     """Rank of the adapters."""
+    lora_alpha: float | None = None
+    """What the adapters add is scaled by this over their rank; default: by 1."""
     lora_targets: tuple[str, ...] = ("attention",)
     """Projections that get adapters: attention, mlp, all, or names: of PaLM q, k, v, o, up, gate, down; of a
     model of transformers such as q_proj."""
@@ -73,11 +76,15 @@ class Tuning:
     """Only so many of the last layers learn, by adapters or by their weights; embeddings, last norm and head
     stay as they are. None: all."""
 
+    def __post_init__(self) -> None:
+        if not self.lora and (self.lora_alpha is not None or self.lora_targets != ("attention",)):
+            raise ValueError("--lora-targets and --lora-alpha are of adapters: they need --lora")
+
     def policy(self, model: PaLM | HFModel, scope: str = ACTOR) -> Policy:
         """The model as what learns; adapters of that name are added to it."""
         if not self.lora:
             return Policy(model, None, self.last_layers)
-        model.add_finetune_params(scope, self.lora_r, self.lora_targets, self.last_layers)
+        model.add_finetune_params(scope, self.lora_r, self.lora_targets, self.last_layers, self.lora_alpha)
         return Policy(model, scope)
 
     def apart(self, model: PaLM | HFModel) -> PaLM | HFModel:
@@ -284,10 +291,13 @@ def make_task(name: str | None, problems: Path | None, factors: tuple[int, int])
 
 
 def load_function(where: str) -> Callable[[str, str], float]:
-    """The function that `FILE.py:name` means; ValueError where there is none for (prompt, response)."""
+    """What `FILE.py:name` or a name of `rewards.text` means; ValueError where there is no such reward."""
+    if (named := text_reward(where)) is not None:
+        return named
     path, colon, name = where.rpartition(":")
     if not colon or not name.isidentifier():
-        raise ValueError(f"a reward is given as FILE.py:function, got {where!r}")
+        kinds = ", ".join(f"{kind}:..." for kind in NAMES)
+        raise ValueError(f"a reward is given as FILE.py:function, or as one of {kinds}, got {where!r}")
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path} with the reward {name}()")
     spec = importlib.util.spec_from_file_location("palm_rlhf_reward", path)

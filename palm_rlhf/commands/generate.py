@@ -46,7 +46,7 @@ class Generate:
     best_of: int | None = None
     """Sample so many and keep the one with the highest reward."""
     reward: str | None = None
-    """FILE.py:function for --best-of."""
+    """FILE.py:function for --best-of, or a name: palm-rlhf --help."""
     reward_model: Path | None = None
     """Run of palm-rlhf reward, for --best-of."""
     seed: int | None = None

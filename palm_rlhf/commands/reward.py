@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ from torch import Tensor
 from palm_rlhf.commands.common import (
     WEIGHTS,
     HFOptions,
+    Loaded,
     Tuning,
     device,
     kept_tokenizer,
@@ -23,10 +24,10 @@ from palm_rlhf.commands.common import (
     weights_file,
 )
 from palm_rlhf.commands.runs import Run
-from palm_rlhf.generation import Generation
+from palm_rlhf.generation import Generation, generate
 from palm_rlhf.rewards import ModelReward, RewardModel, load_reward_model, save_reward_model
-from palm_rlhf.tasks.pairs import read_examples, split_examples
-from palm_rlhf.tokens import Tokenizer, check_fits, same_tokens
+from palm_rlhf.tasks.pairs import Labelled, Pair, read_examples, split_examples
+from palm_rlhf.tokens import Tokenizer, check_fits, first_ids, prompt_ids, same_tokens
 from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
 
 
@@ -54,6 +55,10 @@ class Reward:
     tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     dropout: float = 0.1
     """Of the model, in training."""
+    normalize: int = 0
+    """Make rewards of mean 0 and variance 1 on so many responses of --model, before and after; 0: not."""
+    normalize_tokens: int = 64
+    """Tokens of such a response at most."""
     tokenizer: str | None = None
     """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
     config: Annotated[RewardConfig, tyro.conf.arg(name="")] = field(default_factory=RewardConfig)
@@ -82,14 +87,23 @@ def run(args: Reward, line: str) -> int:
         use_lora=args.tuning.lora,
         lora_r=args.tuning.lora_r,
         lora_targets=args.tuning.lora_targets,
+        lora_alpha=args.tuning.lora_alpha,
         last_layers=args.tuning.last_layers,
     )
+    samples = _samples(args, loaded, train)
+    if samples is not None:
+        ModelReward(model).normalize_on(samples)
     trainer = RewardTrainer(
         model, train, loaded.tokenizer, config=args.config, held_out=judge, stop=loaded.stop
     )
     rows = folder.train(trainer, ("loss", "accuracy", "held_out_accuracy"), steps=trainer.steps)
+    if samples is not None:
+        mean, deviation = ModelReward(model).normalize_on(samples)
     if not folder.main:
         return 0
+    if samples is not None:
+        said = f"mean {mean:.3f} and deviation {deviation:.3f}, now 0 and 1"
+        print(f"rewards of {len(samples.tokens)} responses after training: {said}")
     kept = tokenizer_metadata(folder.folder, loaded.tokenizer)
     saved = save_reward_model(folder.folder / WEIGHTS, model, stop=loaded.stop, **kept)
     curve = folder.draw(rows, ("loss", "held_out_loss", "accuracy", "held_out_accuracy"), line)
@@ -98,6 +112,26 @@ def run(args: Reward, line: str) -> int:
     print(f"on {len(judge)} held-out examples: " + ", ".join(f"{_said(k)} {v:.4f}" for k, v in found.items()))
     print(f"model  {saved}\n" + (f"curve  {curve}\n" if curve else ""), end="")
     return 0
+
+
+def _samples(args: Reward, loaded: Loaded, examples: Sequence[Pair | Labelled]) -> Generation | None:
+    """What the model that the reward model begins as answers to the prompts; None: not asked for."""
+    if not args.normalize:
+        return None
+    if args.normalize < 2 or args.normalize_tokens < 1:
+        raise ValueError(
+            f"--normalize needs at least 2 responses of at least 1 token, got {args.normalize} of "
+            f"{args.normalize_tokens}"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.config.seed))
+    chosen = [examples[order[i % len(order)]].prompt for i in range(args.normalize)]
+    # A text without a prompt follows the end of another.
+    begin = first_ids(loaded.tokenizer) or [loaded.stop]
+    prompts = [prompt_ids(loaded.tokenizer, text)[-args.config.max_tokens :] or begin for text in chosen]
+    return generate(
+        loaded.model, prompts, max_new_tokens=args.normalize_tokens, stop=loaded.stop,
+        pad=loaded.tokenizer.pad, seeds=range(args.config.seed, args.config.seed + len(prompts)),
+    )  # fmt: skip
 
 
 def _said(name: str) -> str:

@@ -17,7 +17,7 @@ from palm_rlhf.trainers.ranks import ranks
 from rlhf_kernels.runtime.files import write_aside
 
 # What may change when a run is resumed, since no number depends on it.
-_FREE = {"out", "quiet", "save_every", "device"}
+_FREE = {"out", "quiet", "save_every", "device", "checkpoint_layers", "keep_rollouts"}
 
 
 class Run:

@@ -20,16 +20,18 @@ from palm_rlhf.commands.common import (
     HFOptions,
     Loaded,
     Tuning,
-    load_function,
     load_model,
     make_task,
     merged,
     save_model,
 )
+from palm_rlhf.commands.rewards import named_reward
+from palm_rlhf.commands.rollouts import FOLDER
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.generation import Generation
 from palm_rlhf.models.value import Policy, ValueModel, frozen
 from palm_rlhf.rewards import ProgrammaticReward
+from palm_rlhf.rollout.store import RolloutStore
 from palm_rlhf.tasks.calculator import Calculator
 from palm_rlhf.tasks.text import read_lines
 from palm_rlhf.tokens import Tokenizer, prompt_ids, stop_token
@@ -59,7 +61,7 @@ class Train:
     prompts_file: Path | None = None
     """Prompts instead of a task's, one a line."""
     reward: str | None = None
-    """FILE.py:function, called with the texts of a prompt and a response; returns a number."""
+    """FILE.py:function, called with the texts of a prompt and a response; or a name: palm-rlhf --help."""
     reward_model: Path | None = None
     """Run of palm-rlhf reward."""
     tokenizer: str | None = None
@@ -70,6 +72,8 @@ class Train:
     """Steps between two looks at the held-out problems; 0: only before and after."""
     save_every: int = 20
     """Steps between checkpoints."""
+    keep_rollouts: bool = False
+    """Keep what is sampled in OUT/rollouts: palm-rlhf rollouts --run OUT shows it."""
     hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
@@ -138,6 +142,7 @@ def run(args: Train | offline.TrainPairs, line: str) -> int:
         pad=tokenizer.pad,
         evaluate=accuracy if task is not None else None,
         eval_every=args.eval_every,
+        store=RolloutStore(folder.folder / FOLDER) if args.keep_rollouts and folder.main else None,
     )
     rows = folder.train(trainer, ("reward", "kl", "accuracy"))
     if not folder.main:
@@ -166,9 +171,13 @@ def make_reward(
 
         return load_reward(args.reward_model, tokenizer, on=args.device)
     if args.reward is None and task is None:
-        raise ValueError("there is no reward: give --reward FILE.py:function or --reward-model RUN")
-    function = load_function(args.reward) if args.reward is not None else task.reward
-    return ProgrammaticReward(function, tokenizer, stop=stop)
+        raise ValueError(
+            "there is no reward: give --reward FILE.py:function, or one by name (palm-rlhf --help), or "
+            "--reward-model RUN"
+        )
+    if args.reward is not None:
+        return named_reward(args.reward, tokenizer, stop, on=args.device)
+    return ProgrammaticReward(task.reward, tokenizer, stop=stop)
 
 
 def _models(args: Train, loaded: Loaded) -> dict[str, Any]:

@@ -12,22 +12,37 @@ from torch import Tensor, nn
 from palm_rlhf.models.cache import KVCache
 from palm_rlhf.models.linear import linear, pack, packed_linear
 from palm_rlhf.models.lora import BlockLoRA
-from rlhf_kernels import RotaryTables, attention, decode_attention, layer_norm, rms_norm, rotary, swiglu
+from rlhf_kernels import (
+    RotaryTables,
+    attention,
+    attention_varlen,
+    decode_attention,
+    layer_norm,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 
 if TYPE_CHECKING:
     from palm_rlhf.models.palm import PaLMConfig
 
 # Of queries and keys that are normalised to length 1.
 QK_SCALE = 8.0
+# In which weight a projection is.
+_WEIGHT = dict.fromkeys(("q", "k", "v", "up", "gate"), "fused") | {"o": "attn_out", "down": "ff_out"}
 
 
 class Context(NamedTuple):
-    """What the blocks of one call share: tables, mask of the keys, and the cache with the slots to fill."""
+    """What the blocks of one call share: tables, mask of the keys, and the cache with the slots to fill.
+
+    Of packed sequences, which are one row, `cu_seqlens` say where each ends.
+    """
 
     tables: RotaryTables
-    key_mask: Tensor | None
-    cache: KVCache | None
-    slots: slice | None
+    key_mask: Tensor | None = None
+    cache: KVCache | None = None
+    slots: slice | None = None
+    cu_seqlens: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -93,6 +108,8 @@ class Block(nn.Module):
         if self.normalized:
             q, k = self._unit(q, self.q_scale), self._unit(k, self.k_scale)
         dropout = self.training and self.attn_dropout
+        if context.cu_seqlens is not None:
+            return self._attend_packed(q, k, v, context)
         if context.cache is None and steps > 1 and not dropout:
             out = attention(
                 q,
@@ -114,6 +131,16 @@ class Block(nn.Module):
         else:
             out = attention(q, k, v, causal=self.causal, key_mask=context.key_mask, scale=self.scale)
         return out.transpose(1, 2).reshape(batch, steps, self.heads * self.dim_head)
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """[1, N, H D]: what each head reads of the sequence that it is in."""
+        if self.training and self.attn_dropout:
+            raise ValueError("PaLM: packed sequences have no attention dropout. Turn it off: set_dropout(0)")
+        rows = (x[0].transpose(0, 1) for x in (q, k, v))
+        out = attention_varlen(
+            *rows, context.cu_seqlens, causal=self.causal, scale=self.scale, rotary=context.tables
+        )
+        return out.view(1, *out.shape[:1], self.heads * self.dim_head)
 
     def _attend_step(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """What the heads of one step read, [B, H, 1, D] or with the middle dimensions exchanged."""
@@ -165,7 +192,8 @@ class Block(nn.Module):
         twin.training, twin._modules = False, dict(self._modules)
         twin.gain = self.gamma.to(torch.promote_types(self.gamma.dtype, torch.float32)) + 1
         if lora is not None:
-            for name in ("fused", "attn_out", "ff_out"):
+            touched = {_WEIGHT[name] for name in lora.targets}
+            for name in sorted(touched):
                 own = twin._modules[name] = copy.copy(self._modules[name])
                 own._parameters = {"weight": nn.Parameter(own.weight.clone(), False), "bias": None}
             twin.merge_(lora)

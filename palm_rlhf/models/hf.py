@@ -87,13 +87,15 @@ class HFModel(Scopes):
                 f"HFModel: {kind} has no decoder with one matrix to the vocabulary behind it. Load it by "
                 "AutoModelForCausalLM."
             )
+        if getattr(model, "is_quantized", False):
+            raise ValueError(f"HFModel: {kind} has quantised weights: no adapter can be merged into them")
         self.model, self.static_cache = model, static_cache
         self.num_tokens, self.dim = weight.shape
         config = model.config.get_text_config(decoder=True)
         self.max_length = getattr(config, "max_position_embeddings", None)
         self.scale, self._softcap = 1.0, getattr(config, _SOFTCAP, None)
         self._dropout: dict[str, float] = {}
-        self._checkpointed = False
+        self._checkpointed, self._found = False, None
         if check:
             self._check(config)
 
@@ -166,9 +168,11 @@ class HFModel(Scopes):
         for parent, name, layer in adapted(twin.model):
             base = layer.get_base_layer()
             if scope in layer.lora_A:
-                base.weight = nn.Parameter(base.weight + layer.get_delta_weight(scope), requires_grad=False)
+                merged = base.weight + layer.get_delta_weight(scope).to(base.weight.dtype)
+                base.weight = nn.Parameter(merged, requires_grad=False)
             setattr(parent, name, base)
         vars(twin.model).pop("peft_config", None)
+        twin._found = None
         return twin.eval()
 
     def configuration(self) -> dict[str, Any]:
@@ -321,18 +325,27 @@ def load_hf(
     """
     from transformers import AutoModelForCausalLM
 
+    if not str(name):
+        raise ValueError("a model of transformers needs a name on the hub, or a folder: got none")
     if str(name).startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"there is no folder {name} with a model of transformers")
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                str(name), dtype=dtype, output_loading_info=True, **options
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} cannot be loaded as a causal model of transformers: {reason}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{name} is no whole {type(model).__name__}: {len(missing)} weights are missing, such as "
+            f"{missing[0]}, and would be random"
+        )
     model = model.to(device)
     if patch:
         import rlhf_kernels
 
         rlhf_kernels.patch(model, only=None if patch is True else list(patch))
-    found = HFModel(model.eval(), static_cache=static_cache)
-    return found.checkpoint_layers() if checkpoint_layers else found
+    made = HFModel(model.eval(), static_cache=static_cache)
+    return made.checkpoint_layers() if checkpoint_layers else made

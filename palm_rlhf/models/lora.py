@@ -52,12 +52,12 @@ class BlockLoRA(nn.Module):
     `lora[i]` is one of them, or None; they are numbered in checkpoints too. Iterating gives those there are.
     """
 
-    def __init__(self, sizes: Mapping[str, tuple[int, int]], r: int) -> None:
+    def __init__(self, sizes: Mapping[str, tuple[int, int]], r: int, alpha: float | None = None) -> None:
         """`sizes` are the input and output widths of the projections that get an adapter; may be empty."""
         super().__init__()
         for number, name in enumerate(PROJECTIONS):
             if name in sizes:
-                self.add_module(str(number), LoRA(*sizes[name], r))
+                self.add_module(str(number), LoRA(*sizes[name], r, alpha))
 
     def __getitem__(self, number: int) -> LoRA | None:
         return self._modules.get(str(number))

@@ -15,6 +15,7 @@ from palm_rlhf.models.block import Block, Context
 from palm_rlhf.models.cache import KVCache
 from palm_rlhf.models.finetune import Targets, chosen, last_blocks
 from palm_rlhf.models.lora import PROJECTIONS, BlockLoRA
+from palm_rlhf.models.packing import Packing
 from palm_rlhf.models.protocol import IGNORED, Head
 from rlhf_kernels import RotaryTable, RotaryTables, layer_norm, linear_logprob, rotary_tables
 
@@ -202,7 +203,24 @@ class PaLM(nn.Module):
         x = self.token_emb(tokens)
         if extra_embed is not None:
             x = x + extra_embed
-        context = self._context(tokens.shape[1], mask, cache)
+        return self._through(x, self._context(tokens.shape[1], mask, cache), scope)
+
+    @property
+    def packs(self) -> bool:
+        """Packed sequences have no dropout of the attention."""
+        return not (self.training and any(block.attn_dropout for block in self.layers))
+
+    def packed_hidden_states(self, tokens: Tensor, packing: Packing, *, scope: str | None = None) -> Tensor:
+        """[N, E]: see `models.packing.PackedModel`; ValueError where there is dropout of the attention."""
+        tables = (
+            RotaryTable(table.cos[packing.positions], table.sin[packing.positions])
+            for table in self._tables(packing.longest)
+        )
+        context = Context(RotaryTables(*tables), cu_seqlens=packing.cu_seqlens)
+        return self._through(self.token_emb(tokens)[None], context, scope)[0]
+
+    def _through(self, x: Tensor, context: Context, scope: str | None) -> Tensor:
+        """[B, T, E] of embeddings x: the blocks and the last norm."""
         loras = self._scope(scope) if scope is not None else (None,) * len(self.layers)
         for index, (block, lora) in enumerate(zip(self.layers, loras)):
             x = block(x, context, lora, index)
@@ -210,7 +228,7 @@ class PaLM(nn.Module):
 
     def _context(self, steps: int, mask: Tensor | None, cache: KVCache | None) -> Context:
         if cache is None:
-            return Context(self._tables(steps), mask, None, None)
+            return Context(self._tables(steps), mask)
         slots = cache.extend(steps, mask)
         return Context(cache.tables(slots), cache.key_mask, cache, slots)
 
@@ -286,6 +304,7 @@ class PaLM(nn.Module):
         lora_r: int | None = None,
         targets: Targets = "attention",
         last_layers: int | None = None,
+        alpha: float | None = None,
     ) -> None:
         """Adds adapters that change nothing yet.
 
@@ -294,6 +313,7 @@ class PaLM(nn.Module):
             targets: the projections that get one: "attention", "mlp", "all", or names of
                 `lora.PROJECTIONS`.
             last_layers: only in so many of the last layers.
+            alpha: what they add is scaled by alpha over the rank; by default by 1.
 
         Raises:
             ValueError: the scope exists, or there are no such projections or layers.
@@ -306,15 +326,17 @@ class PaLM(nn.Module):
         adapters = nn.ModuleList()
         for block in self.layers:
             sizes = block.projections()
-            adapters.append(BlockLoRA({n: sizes[n] for n in names if id(block) in deep}, rank))
+            adapters.append(BlockLoRA({n: sizes[n] for n in names if id(block) in deep}, rank, alpha))
         self.finetune_modules[scope] = adapters.to(device=weight.device, dtype=weight.dtype)
 
     def adapter_options(self, scope: str) -> dict[str, Any]:
         """The arguments of `add_finetune_params` that make adapters such as these."""
         there = [lora for lora in self._scope(scope) if lora.targets]
-        rank = next(iter(there[0])).A.shape[1]
+        first = next(iter(there[0]))
+        rank = first.A.shape[1]
         last_layers = None if len(there) == len(self.layers) else len(there)
-        return {"lora_r": rank, "targets": there[0].targets, "last_layers": last_layers}
+        found = {"lora_r": rank, "targets": there[0].targets, "last_layers": last_layers}
+        return found | {"alpha": first.scale * rank}
 
     def remove_finetune_params(self, scope: str) -> nn.Module:
         """Takes adapters out and returns them."""

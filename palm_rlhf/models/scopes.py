@@ -33,11 +33,18 @@ class Scopes(nn.Module):
 
     model: Any
     _checkpointed: bool
+    # What `adapted` found; None where that may have changed.
+    _found: list[tuple[nn.Module, str, Any]] | None
+
+    def _adapters(self) -> list[tuple[nn.Module, str, Any]]:
+        if self._found is None:
+            self._found = list(adapted(self.model))
+        return self._found
 
     @property
     def scopes(self) -> tuple[str, ...]:
         """The names of its adapters."""
-        return tuple(dict.fromkeys(name for _, _, layer in adapted(self.model) for name in layer.lora_A))
+        return tuple(dict.fromkeys(name for _, _, layer in self._adapters() for name in layer.lora_A))
 
     def projections(self, last_layers: int | None = None) -> dict[str, str]:
         """Names of the linear maps in the layers, to their kind: "attention" or "mlp"."""
@@ -52,15 +59,21 @@ class Scopes(nn.Module):
         return found
 
     def add_finetune_params(
-        self, scope: str, lora_r: int = 8, targets: Targets = "attention", last_layers: int | None = None
+        self,
+        scope: str,
+        lora_r: int = 8,
+        targets: Targets = "attention",
+        last_layers: int | None = None,
+        alpha: float | None = None,
     ) -> None:
         """Adds adapters that change nothing yet.
 
         Args:
-            scope: their name. lora_r: their rank; the factor alpha / r is 1.
+            scope: their name. lora_r: their rank.
             targets: the projections that get one: "attention", "mlp", "all", or ends of module names such as
                 "q_proj".
             last_layers: only in so many of the last layers.
+            alpha: what they add is scaled by alpha over the rank; by default by 1.
 
         Raises:
             ValueError: the scope exists, the rank is below 1, or there are no such projections.
@@ -76,11 +89,16 @@ class Scopes(nn.Module):
             )
         wanted = chosen(self.projections(last_layers), targets, type(self.model).__name__)
         learns = {id(parameter): parameter.requires_grad for parameter in self.parameters()}
-        config = LoraConfig(r=lora_r, lora_alpha=lora_r, lora_dropout=0.0, target_modules=wanted)
+        alpha = lora_r if alpha is None else alpha
+        config = LoraConfig(r=lora_r, lora_alpha=alpha, lora_dropout=0.0, target_modules=wanted)
         with warnings.catch_warnings():
             # Several scopes are the point, and of the layout of a Conv1D peft finds out by itself.
             warnings.filterwarnings("ignore", "Already found a `peft_config`|fan_in_fan_out is set")
             inject_adapter_in_model(config, self.model, scope)
+        self._found = None
+        # In 16 bits an update of Adam's size is lost.
+        for parameter in self.finetune_parameters(scope):
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         # peft freezes everything else; what learns is the trainer's to say.
         for parameter in self.parameters():
             parameter.requires_grad_(learns.get(id(parameter), True))
@@ -89,12 +107,12 @@ class Scopes(nn.Module):
         """The arguments of `add_finetune_params` that make adapters such as these."""
         self._known(scope)
         config = self.model.peft_config[scope]
-        return {"lora_r": config.r, "targets": sorted(config.target_modules)}
+        return {"lora_r": config.r, "targets": sorted(config.target_modules), "alpha": config.lora_alpha}
 
     def finetune_parameters(self, scope: str) -> Iterator[nn.Parameter]:
         """Those of one scope's adapters."""
         self._known(scope)
-        for _, _, layer in adapted(self.model):
+        for _, _, layer in self._adapters():
             for parts in (layer.lora_A, layer.lora_B):
                 if scope in parts:
                     yield from parts[scope].parameters()
@@ -102,12 +120,13 @@ class Scopes(nn.Module):
     def remove_finetune_params(self, scope: str) -> None:
         """Takes adapters out."""
         self._known(scope)
-        for parent, name, layer in list(adapted(self.model)):
+        for parent, name, layer in self._adapters():
             if scope in layer.lora_A:
                 layer._active_adapter = []  # peft would choose another one, and say so
                 layer.delete_adapter(scope)
             if not len(layer.lora_A):
                 setattr(parent, name, layer.get_base_layer())
+        self._found = None
         self.model.peft_config.pop(scope)
         if not self.model.peft_config:
             del self.model.peft_config
@@ -116,7 +135,7 @@ class Scopes(nn.Module):
     def merge_finetune_params(self, scope: str) -> None:
         """Adds adapters to the weights and removes them."""
         self._known(scope)
-        for _, _, layer in adapted(self.model):
+        for _, _, layer in self._adapters():
             if scope in layer.lora_A:
                 layer.get_base_layer().weight.add_(layer.get_delta_weight(scope))
         self.remove_finetune_params(scope)
@@ -136,12 +155,12 @@ class Scopes(nn.Module):
 
     def _again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Contexts of a layer's forward and of its repetition, when other adapters may be in use."""
-        active = next((layer._active_adapter for _, _, layer in adapted(self.model)), [])
+        active = next((layer._active_adapter for _, _, layer in self._adapters()), [])
         return nullcontext(), self._with_active(active)
 
     @contextmanager
     def _with_active(self, active: list[str]) -> Iterator[None]:
-        layers = [layer for _, _, layer in adapted(self.model)]
+        layers = [layer for _, _, layer in self._adapters()]
         before = [layer._active_adapter for layer in layers]
         for layer in layers:
             layer._active_adapter = active
@@ -162,5 +181,5 @@ class Scopes(nn.Module):
         """Makes one scope's adapters, or none, the active ones."""
         # Not peft's set_adapter(), which chooses what learns as well.
         self._known(scope)
-        for _, _, layer in adapted(self.model):
+        for _, _, layer in self._adapters():
             layer._active_adapter = [] if scope is None else [scope]

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from palm_rlhf.algorithms.critics import bin_centres
 from palm_rlhf.algorithms.preferences import expected_value
 from palm_rlhf.models.finetune import learned
-from palm_rlhf.models.protocol import IGNORED, CausalModel
+from palm_rlhf.models.packing import hidden_rows, placed
+from palm_rlhf.models.protocol import CausalModel
 from rlhf_kernels import linear_logprob
 
 # Logits that are held at a time where only a few of each row are wanted.
@@ -43,6 +44,8 @@ class ValueModel(nn.Module):
         """
         super().__init__()
         self.model, self.scope, self.last_layers = model, scope, last_layers
+        # Whether padding is left out of the computation: see packing.set_packed().
+        self.packed: bool | None = None
         weight = model.head.weight
         if bins and not (bins > 1 and low < high):
             raise ValueError(
@@ -60,9 +63,10 @@ class ValueModel(nn.Module):
 
     def scored(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The same, and the logits [B, T, bins] that the values are the means of, where there are bins."""
-        hidden = self.model.hidden_states(tokens, mask=mask, scope=self.scope)
-        with torch.autocast(hidden.device.type, enabled=False):  # a number wants all its digits
-            found = self.value_head(hidden.to(self.value_head.weight.dtype))
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        rows = hidden_rows(self.model, tokens, mask, mask, scope=self.scope, packed=self.packed)
+        with torch.autocast(rows.device.type, enabled=False):  # a number wants all its digits
+            found = placed(self.value_head(rows.to(self.value_head.weight.dtype)), mask)
         if self.centres is None:
             return found.squeeze(-1), None
         return expected_value(found, self.centres), found
@@ -80,39 +84,38 @@ class Policy(nn.Module):
         """Without a scope all of the model learns, or so many of its last layers."""
         super().__init__()
         self.model, self.scope, self.last_layers = model, scope, last_layers
+        # Whether padding is left out of the computation: see packing.set_packed().
+        self.packed: bool | None = None
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [B, R] of the tokens after the first `prompt_width`; 0 where masked."""
-        hidden = self._hidden(tokens, mask, prompt_width)
-        return self._scored(hidden, tokens, mask, prompt_width, temperature)
+        hidden, real = self._hidden(tokens, mask, prompt_width)
+        return self._scored(hidden, tokens, real, temperature)
 
     def with_head(
         self, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float, ids: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same, and the log-probabilities [B, R, K] of other tokens `ids` at each place."""
-        hidden = self._hidden(tokens, mask, prompt_width)
-        logprob, entropy = self._scored(hidden, tokens, mask, prompt_width, temperature)
+        hidden, real = self._hidden(tokens, mask, prompt_width)
         # In blocks whose logits are made again in the backward: [N, V] never exists.
-        blocks = zip(*(x.flatten(0, 1).split(self._block) for x in (hidden, ids)))
-        found = torch.cat(
-            [checkpoint(self._picked, *block, temperature, use_reentrant=False) for block in blocks]
-        )
-        return logprob, entropy, found.view(ids.shape)
+        blocks = zip(*(x.split(self._block) for x in (hidden, ids[real])))
+        found = [checkpoint(self._picked, *block, temperature, use_reentrant=False) for block in blocks]
+        return *self._scored(hidden, tokens, real, temperature), placed(torch.cat(found), real)
 
     @torch.no_grad()
     def most_probable(
         self, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float, count: int
     ) -> tuple[Tensor, Tensor]:
         """Ids and log-probabilities [B, R, K] of the `count` most probable tokens, at most all but one."""
-        hidden = self._hidden(tokens, mask, prompt_width)
+        hidden, real = self._hidden(tokens, mask, prompt_width)
         count = min(count, self.model.num_tokens - 1)
         found = [
             self._logits(block, temperature).log_softmax(-1).topk(count)
-            for block in hidden.flatten(0, 1).split(self._block)
+            for block in hidden.split(self._block)
         ]
-        logprob, ids = (torch.cat(parts).view(*hidden.shape[:2], count) for parts in zip(*found))
+        logprob, ids = (placed(torch.cat(parts), real) for parts in zip(*found))
         return ids, logprob
 
     def _picked(self, hidden: Tensor, ids: Tensor, temperature: float) -> Tensor:
@@ -132,25 +135,27 @@ class Policy(nn.Module):
             logits = softcap * torch.tanh(logits / softcap)
         return logits.float() / temperature if logits.dtype != torch.float64 else logits / temperature
 
-    def _hidden(self, tokens: Tensor, mask: Tensor | None, prompt_width: int) -> Tensor:
-        """[B, R, E]: from which each token of the response was drawn."""
-        read = None if mask is None or bool(mask.all()) else mask[:, :-1]
-        return self.model.hidden_states(tokens[:, :-1], mask=read, scope=self.scope)[:, prompt_width - 1 :]
+    def _hidden(self, tokens: Tensor, mask: Tensor | None, prompt_width: int) -> tuple[Tensor, Tensor]:
+        """[n, E], from which each real token of the responses was drawn; and where those are, [B, R]."""
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        real = mask[:, prompt_width:]
+        wanted = nn.functional.pad(real, (prompt_width - 1, 0))
+        # Nothing follows the last token of a row.
+        read = mask[:, :-1] & (mask.cumsum(1)[:, :-1] < mask.sum(1, keepdim=True))
+        rows = hidden_rows(self.model, tokens[:, :-1], read, wanted, scope=self.scope, packed=self.packed)
+        return rows, real
 
     def _scored(
-        self, hidden: Tensor, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float
+        self, hidden: Tensor, tokens: Tensor, real: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        target = tokens[:, prompt_width:]
-        if mask is not None:
-            target = target.masked_fill(~mask[:, prompt_width:], IGNORED)
         head = self.model.head
         # Under autocast the hidden states have another dtype.
         weight, bias = (None if x is None else x.to(hidden.dtype) for x in head[:2])
+        target = tokens[:, tokens.shape[1] - real.shape[1] :][real]
         found = linear_logprob(
-            hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1),
-            bias=bias, temperature=temperature, softcap=head.softcap, ignore_index=IGNORED,
-        )  # fmt: skip
-        return tuple(x.view(target.shape) for x in found)
+            hidden, weight, target, bias=bias, temperature=temperature, softcap=head.softcap
+        )
+        return tuple(placed(x, real) for x in found)
 
     def trained(self) -> Iterator[nn.Parameter]:
         """The parameters that learn."""

@@ -136,7 +136,7 @@ def _assembled(
             ids = {id(parameter) for parameter in palm.finetune_parameters(scope)}
             adapters = {f"palm.{name}": p.data for name, p in palm.named_parameters() if id(p) in ids}
             how = palm.adapter_options(scope)
-            how["lora_targets"] = how.pop("targets")
+            how |= {f"lora_{name}": how.pop(name) for name in ("targets", "alpha")}
             palm.remove_finetune_params(scope)
         model = RewardModel(
             palm, use_lora=scope is not None, reward_lora_scope=scope or "", share=True, **how, **options

@@ -54,6 +54,7 @@ class RewardModel(nn.Module):
         share: bool | None = None,
         lora_targets: Targets = "attention",
         last_layers: int | None = None,
+        lora_alpha: float | None = None,
     ) -> None:
         """The head starts at N(0, 1/sqrt(E + 1)) with bias 0 (Ziegler et al., 2019, arXiv:1909.08593).
 
@@ -69,6 +70,7 @@ class RewardModel(nn.Module):
             share: use palm's own weights; None: with adapters only. Whatever changes them changes the
                 rewards: pass False where the policy learns without adapters, or merges them.
             lora_targets: the projections that get adapters; see the model's `add_finetune_params`.
+            lora_alpha: their output is scaled by it over the rank; by default by 1.
             last_layers: adapt, or without adapters learn, so many of the backbone's last layers only.
 
         Raises:
@@ -90,7 +92,7 @@ class RewardModel(nn.Module):
         self.reward_lora_scope = reward_lora_scope if use_lora else None
         self.last_layers = last_layers
         if use_lora:
-            self.palm.add_finetune_params(reward_lora_scope, lora_r, lora_targets, last_layers)
+            self.palm.add_finetune_params(reward_lora_scope, lora_r, lora_targets, last_layers, lora_alpha)
         self.binned_output = num_binned_output > 1
         self.pooling, self.dropout = pooling, dropout
         self.sample_from_bins = bool(sample_from_bins) and self.binned_output

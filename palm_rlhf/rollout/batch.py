@@ -92,13 +92,7 @@ class Rollout:
 
         A minibatch then holds whole groups where `size` is a multiple of their size.
         """
-        order = torch.randperm(len(self), generator=generator)
-        if groups:
-            # By the place that the first of its group drew.
-            ids, place = torch.unique(self.group.cpu(), return_inverse=True)
-            first = torch.full((len(ids),), len(self))
-            first.scatter_reduce_(0, place[order], torch.arange(len(self)), "amin")
-            order = first[place].argsort(stable=True)
+        order = shuffled(len(self), generator, self.group.cpu() if groups else None)
         for index in order.split(size):
             yield self.rows(index.to(self.score.device))
 
@@ -106,3 +100,15 @@ class Rollout:
         """All responses once, in order, at most `size` at a time, without padding that they do not need."""
         for start in range(0, len(self), size or len(self)):
             yield self.rows(slice(start, start + (size or len(self)))).trimmed()
+
+
+def shuffled(count: int, generator: torch.Generator | None, group: Tensor | None = None) -> Tensor:
+    """[count] int64: rows in a fresh order; those of a `group` [count] stay together where it is given."""
+    order = torch.randperm(count, generator=generator)
+    if group is None:
+        return order
+    # By the place that the first of its group drew.
+    ids, place = torch.unique(group, return_inverse=True)
+    first = torch.full((len(ids),), count)
+    first.scatter_reduce_(0, place[order], torch.arange(count), "amin")
+    return first[place].argsort(stable=True)

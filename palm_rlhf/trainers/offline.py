@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.offline_table import PairAlgorithm, Scores
 from palm_rlhf.algorithms.preferences import pair_accuracy
 from palm_rlhf.generation import left_padded
+from palm_rlhf.models.packing import set_packed
 from palm_rlhf.models.value import Policy, set_dropout
 from palm_rlhf.tasks.pairs import Pair
 from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
@@ -25,6 +26,8 @@ from palm_rlhf.trainers.passes import PassesConfig, PassesTrainer
 class OfflineConfig(PassesConfig):
     """How updates are made from pairs, whatever the algorithm."""
 
+    packed: bool | None = None
+    """Compute no padding: always, never, or (None) where the model can and it pays."""
     max_tokens: int = 512
     """Tokens of prompt and response at most: a prompt loses its beginning, then a response its end."""
     temperature: float = 1.0
@@ -102,7 +105,9 @@ class OfflineTrainer(PassesTrainer):
         self.options = algorithm.options() if options is None else options
         self.policy, self.pad = policy, tokenizer.pad
         self.stop = tokenizer.stop if stop is None else stop
-        set_dropout(0.0, *(model for model in (policy, reference) if model is not None))
+        models = [model for model in (policy, reference) if model is not None]
+        set_dropout(0.0, *models)
+        set_packed(config.packed, *models)
         rows, judge = self._tokens(pairs, tokenizer), self._tokens(held_out, tokenizer, first=len(pairs))
         super().__init__(algorithm.name, "policy", train_only(policy.trained(), policy), rows, judge, config)
         self._reference = self._reference_scores(policy if reference is None else reference)

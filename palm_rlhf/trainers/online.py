@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from palm_rlhf.algorithms.policy import adapted
 from palm_rlhf.algorithms.row import Algorithm, Loss, Outputs, Whole
 from palm_rlhf.generation import Generation, generate, joined
+from palm_rlhf.models.packing import set_packed
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.seeds import drawn_seeds
 from palm_rlhf.trainers.figures import described
 from palm_rlhf.trainers.learner import Order, Precision, Trainer, forward_pass, linear_share, train_only
+
+if TYPE_CHECKING:
+    from palm_rlhf.rollout.store import RolloutStore
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class OnlineConfig:
     """Responses in one update."""
     micro_batch: int | None = None
     """Responses in one forward pass, to save memory; None: the minibatch."""
+    packed: bool | None = None
+    """Compute no padding in updates: always, never, or (None) where the model can and it pays."""
     policy_lr: float = 1e-4
     """Learning rate of the policy."""
     critic_lr: float = 1e-4
@@ -99,6 +105,7 @@ class OnlineTrainer(Trainer):
         pad: int = 0,
         evaluate: Callable[[Policy, torch.Generator], Mapping[str, float]] | None = None,
         eval_every: int = 0,
+        store: RolloutStore | None = None,
     ) -> None:
         """
         Args:
@@ -111,6 +118,7 @@ class OnlineTrainer(Trainer):
             critic: where the algorithm needs one.
             stop, pad: tokens.
             evaluate: called before the first step and every `eval_every` steps; what it returns is logged.
+            store: keeps every rollout, with its advantages; those of steps that are done again are replaced.
 
         Raises:
             ValueError: there are no prompts, or what the algorithm needs is missing.
@@ -125,9 +133,10 @@ class OnlineTrainer(Trainer):
         self.options = algorithm.options() if options is None else options
         self.policy, self.reference, self.critic = policy, reference, critic
         self.reward, self.prompts, self.stop, self.pad = reward, [list(p) for p in prompts], stop, pad
-        self.evaluate, self.eval_every = evaluate, eval_every
+        self.evaluate, self.eval_every, self.store = evaluate, eval_every, store
         # A ratio of probabilities must not see two masks.
-        set_dropout(0.0, *(model for model in (policy, reference, critic) if model is not None))
+        models = [model for model in (policy, reference, critic) if model is not None]
+        set_dropout(0.0, *models)
         seeds = torch.Generator().manual_seed(config.seed)
         generators = {
             name: torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=seeds)))
@@ -136,6 +145,7 @@ class OnlineTrainer(Trainer):
         # Rollouts that an auxiliary phase will see again, and the values of the policy's own that it learns.
         self._kept: list[Rollout] = []
         self._auxiliary = ValueModel(policy.model, policy.scope) if algorithm.auxiliary else None
+        set_packed(config.packed, *models, *([self._auxiliary] if self._auxiliary else []))
         parts = [part for part in (policy, critic) if part is not None]
         train_only((p for part in parts for p in part.trained()), *parts, *([reference] if reference else ()))
         learned = {"policy": policy.trained()}
@@ -171,6 +181,8 @@ class OnlineTrainer(Trainer):
         rollout = self.rollout()
         sampled = time.perf_counter()
         rollout = self.estimated(rollout)
+        if self.store is not None and self.ranks.main:
+            self.store.append(rollout, step=index)
         estimated = time.perf_counter()
         metrics |= self.update(rollout, index)
         metrics |= described(rollout, self.options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from palm_rlhf.algorithms.preferences import bradley_terry_loss, expected_value, pair_accuracy
+from palm_rlhf.algorithms.preferences import (
+    bradley_terry_loss,
+    centring_loss,
+    expected_value,
+    pair_accuracy,
+)
 from palm_rlhf.rewards.model import RewardModel
 from palm_rlhf.tasks.pairs import Labelled, Pair
 from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
@@ -23,6 +29,16 @@ class RewardConfig(PassesConfig):
 
     max_tokens: int = 512
     """Tokens of a text at most, prompt and stop token included; longer ones lose their beginning."""
+    margin: float = 1.0
+    """Factor of the pairs' margins in their loss; 0 leaves them out."""
+    centring: float = 0.0
+    """Weight of the square of a pair's summed rewards, which keeps rewards around 0; 0.01 is usual."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("margin", "centring"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 class _Text(NamedTuple):
@@ -87,7 +103,7 @@ class RewardTrainer(PassesTrainer):
         self.model.train(on)
 
     def _examples(self, rows: Sequence[_Row]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each example; of pairs their accuracy and difference, of labels the absolute error.
+        """The loss of each example; of pairs accuracy, difference and mean reward, of labels the error.
 
         Of labels in bins the accuracy as well.
         """
@@ -97,9 +113,13 @@ class RewardTrainer(PassesTrainer):
         if self.pairs:
             with self.autocast():
                 chosen, rejected = self.model.pair_scores(tokens, mask, prompt_mask)
-            losses = bradley_terry_loss(chosen, rejected, self._numbers(rows, chosen.dtype))
+            c, margin = self.config, self._numbers(rows, chosen.dtype)
+            losses = bradley_terry_loss(chosen, rejected, c.margin * margin)
+            if c.centring:
+                losses = losses + c.centring * centring_loss(chosen, rejected)
             chosen, rejected = chosen.detach(), rejected.detach()
-            return losses, {"accuracy": pair_accuracy(chosen, rejected), "difference": chosen - rejected}
+            figures = {"accuracy": pair_accuracy(chosen, rejected), "difference": chosen - rejected}
+            return losses, figures | {"reward": (chosen + rejected) / 2}
         with self.autocast():
             predictions = self.model.predictions(tokens, mask, prompt_mask)
         if not self.model.binned_output:

@@ -17,7 +17,7 @@ from rlhf_kernels.stacks import patching, slots
 from rlhf_kernels.stacks.patching import Patched, PatchError, Replaced
 from rlhf_kernels.stacks.rebind import Rebinding
 from rlhf_kernels.stacks.slots import Slot
-from rlhf_kernels.stacks.transformers import our_attention, our_mask
+from rlhf_kernels.stacks.transformers_attention import our_attention, our_mask
 
 _MARK = "_rlhf_kernels_patch"
 _NAME = (

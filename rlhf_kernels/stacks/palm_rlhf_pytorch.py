@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_kernels.stacks import rebind
 from rlhf_kernels.stacks.liger import full_width
 from rlhf_kernels.stacks.palm_generation import cached_generate
+from rlhf_kernels.stacks.palm_training import TRAINING
 from rlhf_kernels.stacks.peer import Peer, Unavailable
 from rlhf_kernels.stacks.rebind import Call, Rebinding, Target
 
@@ -298,8 +299,9 @@ PATCH = Target(
             make=cached_generate,
             call=_generate_call,
             backends=rebind.FAST | {"torch"},
-            note="the same random numbers, hence the same tokens but for rounding",
+            note="the same random numbers, so the same tokens but for rounding; copies the blocks' weights",
         ),
+        *TRAINING,
         Rebinding(
             name="attention",
             op="attention",

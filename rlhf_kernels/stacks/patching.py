@@ -71,7 +71,7 @@ class Patched:
 
     def __str__(self) -> str:
         lines = [f"{self.target} {self.version}: {len(self.replaced)} replaced, {len(self.left)} left"]
-        lines += [f"  {one.name}: by {one.op or 'the right formula'} ({one.place})" for one in self.replaced]
+        lines += [f"  {one.name}: {one.op and f'by {one.op} '}({one.place})" for one in self.replaced]
         lines += [f"  {name} left: {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
@@ -233,6 +233,8 @@ def left_alone(rebinding: Rebinding, backend: str | None = None) -> str | None:
     if backend is not None:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not rebinding.op:
+        return rebinding.leave(device)
     choice = dispatch.explain(rebinding.op, device=device)
     if choice.backend not in rebinding.backends:
         where = f"the {choice.backend} backend on {device}"

@@ -35,7 +35,7 @@ class Rebinding:
 
     Attributes:
         name: what `only` calls it; unique within a version of the target.
-        op: our public function that does the work; empty where a formula is put right without one.
+        op: our public function that does the work; empty where less work, or another formula, needs none.
         place: "module:attribute" or "module:Class.attribute". Modules of the stack that hold the same object
             under any name are rebound too.
         make: the stack's function -> ours, with the same signature.

@@ -18,6 +18,7 @@ from rlhf_kernels.stacks import rebind, verl
 from rlhf_kernels.stacks.peer import Peer, peers_root
 from rlhf_kernels.stacks.rebind import Call, Rebinding, Target
 from rlhf_kernels.stacks.source import extract, extract_statements, find_source
+from rlhf_kernels.stacks.trl_head import HEAD, NEW, OLD, UTILS, old_function
 
 PPO = "trl/experimental/ppo/ppo_trainer.py"
 
@@ -149,83 +150,6 @@ PEERS = [
 ]
 
 
-def _old_function(name: str) -> Callable[[], Any]:
-    """A function of TRL 1.12's trainer/utils.py, from the folder where `make peers` puts that release."""
-
-    def source() -> Any:
-        path = find_source("trl/trainer/utils.py", [peers_root() / "trl-1.12"])
-        return extract(path, name, namespace={"torch": torch, "F": torch.nn.functional})[name]
-
-    return source
-
-
-def _head_pays(hidden: Tensor, weight: Tensor, softcap: float | None, scale: float) -> bool:
-    """Whether `linear_logprob` can say this call: no scaled cap, no head that DeepSpeed has parted."""
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and not hasattr(weight, "ds_id")
-    return plain and hidden.dim() == 2 and scale > 0 and (softcap is None or scale == 1.0)
-
-
-def _head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
-    softcap: float | None, scale: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from rlhf_kernels import linear_logprob
-
-    bias = None if bias is None else bias.to(dtype)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
-    temperature = float(temperature / scale)
-    return linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap)
-
-
-def _our_head(original: Any) -> Any:
-    class _ChunkedLogProbFunction:
-        """TRL 1.16's: (log-probability, entropy, log sum p^2, mean logit, is_top1), None where not asked for.
-
-        A call that asks for more than the first two goes to TRL's own."""
-
-        @staticmethod
-        def apply(
-            hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float,
-            chunk_size: int, final_logit_softcapping: float | None = None, logit_scale: float = 1.0,
-            outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-        ) -> tuple[Tensor | None, ...]:  # fmt: skip
-            softcap = final_logit_softcapping
-            if not {*outputs} <= {"log_probs", "entropy"} or not _head_pays(
-                hidden, weight, softcap, logit_scale
-            ):
-                return original.apply(
-                    hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
-                )
-            device = hidden.device.type
-            autocast = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-            found = _head(hidden, weight, bias, targets, temperature, softcap, logit_scale, dtype)
-            return found[0], found[1] if "entropy" in outputs else None, None, None, None
-
-    return _ChunkedLogProbFunction
-
-
-def _our_old_head(original: Any, entropy_gradient: bool = False) -> Any:
-    class _ChunkedLogProbFunction:
-        """TRL 1.12's: (log-probability, entropy); no gradient goes through its entropy."""
-
-        @staticmethod
-        def apply(
-            last_hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int,
-            final_logit_softcapping: float | None = None, logit_scale: float = 1.0,
-        ) -> tuple[Tensor, Tensor]:  # fmt: skip
-            softcap = final_logit_softcapping
-            if not _head_pays(last_hidden, weight, softcap, logit_scale):
-                return original.apply(
-                    last_hidden, weight, targets, temperature, chunk_size, softcap, logit_scale
-                )
-            dtype = last_hidden.dtype
-            found = _head(last_hidden, weight, None, targets, temperature, softcap, logit_scale, dtype)
-            return found[0], found[1] if entropy_gradient else found[1].detach()
-
-    return _ChunkedLogProbFunction
-
-
 def _our_selective(original: Any) -> Any:
     from rlhf_kernels import logprob
 
@@ -283,93 +207,39 @@ def _our_both(original: Any) -> Any:
     return selective_log_softmax_and_entropy
 
 
-def _head_call(large: bool) -> Call:
-    hidden, weight, bias, targets = _head_inputs(large)
-    chunk = 8192 if large else 40
-    args = (hidden, weight, bias, targets, 0.7, chunk, None, 0.5, ("log_probs", "entropy"))
-    return Call(args, {}, lambda function, *args: function.apply(*args))
-
-
-def _old_head_call(large: bool) -> Call:
-    hidden, weight, _, targets = _head_inputs(large)
-    args = (hidden, weight, targets, 0.7, 8192 if large else 40)
-    return Call(args, {}, lambda function, *args: function.apply(*args)[0])
-
-
-def _head_inputs(large: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden [N, E], weight [V, E] and bias [V] that require gradients, and targets [N]."""
-    rows, width, vocabulary = (128, 256, 50257) if large else (13, 8, 131)
-    draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, width, generator=draw).requires_grad_()
-    weight = torch.randn(vocabulary, width, generator=draw).mul_(0.3).requires_grad_()
-    bias = torch.randn(vocabulary, generator=draw).requires_grad_()
-    return hidden, weight, bias, torch.randint(vocabulary, (rows,), generator=draw)
-
-
 def _masked_call(large: bool) -> Call:
     logits, labels = rebind.logits_and_labels(large)
     return Call((logits, labels), {"temperature": 0.7, "row_mask": (labels % 3 > 0).long()})
 
 
-_OLD, _NEW, _UTILS = ("1.12.0",), ("1.16.0",), "trl.trainer.utils"
-
 PATCH = Target(
     name="trl",
     package="trl",
     root="trl",
-    checked=(*_OLD, *_NEW),
+    checked=(*OLD, *NEW),
     rebindings=(
-        Rebinding(
-            name="loss_head",
-            op="linear_logprob",
-            place=f"{_UTILS}:_ChunkedLogProbFunction",
-            make=_our_head,
-            call=_head_call,
-            versions=_NEW,
-            note="statistics beyond the entropy, and DeepSpeed's ZeRO-3, go to TRL's own",
-        ),
-        Rebinding(
-            name="loss_head",
-            op="linear_logprob",
-            place=f"{_UTILS}:_ChunkedLogProbFunction",
-            make=_our_old_head,
-            source=_old_function("_ChunkedLogProbFunction"),
-            call=_old_head_call,
-            versions=_OLD,
-            note="as in TRL 1.12, the entropy passes no gradient on",
-        ),
-        Rebinding(
-            name="loss_head:entropy_gradient",
-            op="linear_logprob",
-            place=f"{_UTILS}:_ChunkedLogProbFunction",
-            make=lambda original: _our_old_head(original, entropy_gradient=True),
-            source=_old_function("_ChunkedLogProbFunction"),
-            call=_old_head_call,
-            versions=_OLD,
-            chosen=False,
-            note="TRL 1.12 drops the gradient of an entropy bonus; this has it",
-        ),
+        *HEAD,
         Rebinding(
             name="selective_log_softmax",
             op="logprob",
-            place=f"{_UTILS}:selective_log_softmax",
+            place=f"{UTILS}:selective_log_softmax",
             make=_our_selective,
             call=_masked_call,
-            versions=_NEW,
+            versions=NEW,
         ),
         Rebinding(
             name="selective_log_softmax",
             op="logprob",
-            place=f"{_UTILS}:selective_log_softmax",
+            place=f"{UTILS}:selective_log_softmax",
             make=_our_old_selective,
-            source=_old_function("selective_log_softmax"),
+            source=old_function("selective_log_softmax"),
             call=lambda large: Call(rebind.logits_and_labels(large)),
-            versions=_OLD,
+            versions=OLD,
         ),
         Rebinding(
             name="entropy_from_logits",
             op="logprob",
-            place=f"{_UTILS}:entropy_from_logits",
+            place=f"{UTILS}:entropy_from_logits",
             make=_our_entropy,
             call=lambda large: Call(rebind.logits_and_labels(large)[:1]),
             note="a logit of -inf adds 0, where TRL gives NaN",
@@ -377,10 +247,10 @@ PATCH = Target(
         Rebinding(
             name="selective_log_softmax_and_entropy",
             op="logprob",
-            place=f"{_UTILS}:selective_log_softmax_and_entropy",
+            place=f"{UTILS}:selective_log_softmax_and_entropy",
             make=_our_both,
             call=_masked_call,
-            versions=_NEW,
+            versions=NEW,
         ),
         Rebinding(
             name="masked_whiten",
@@ -389,7 +259,7 @@ PATCH = Target(
             make=verl.whitening,
             source=masked_whiten,
             call=verl.whiten_call,
-            versions=_OLD,
+            versions=OLD,
             note="fewer than two real elements go to TRL's own, which raises or gives NaN",
         ),
     ),

@@ -186,16 +186,46 @@ def test_the_logits_are_never_held(dtype, softcap):
     with Largest() as seen:
         results = linear_kernel_torch.forward(hidden, weight, None, target, *options)
         grads = torch.ones(n), torch.ones(n)
-        operands = (*grads, hidden, weight, None, target, *results[1:])
+        operands = (*grads, hidden, weight, None, target, *results[1:4])
         linear_kernel_torch.backward(*operands, *options, [True, True, False])
     assert seen.numel <= 2 * linear_blocks.ROWS * v
     assert seen.numel < n * v / 2
 
 
+@BACKENDS
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "library"])
+def test_linear_outputs_are_those_of_the_logits(backend, compiled):
+    """Over the border of a block; ties, a cap, ignored rows; no gradient, and none lost."""
+    n = linear_blocks.ROWS + 3
+    hidden, weight, bias = torch.randn(n, 6), torch.randn(9, 6, requires_grad=True), torch.randn(9)
+    logits = 2.0 * torch.tanh(F.linear(hidden, weight, bias) / 2.0) / 0.7
+    target = logits.argmax(-1)
+    target[::2] = 1
+    hidden[0], bias[:3] = 0, 5.0  # three tokens are the largest of row 0: 1 is not the first
+    logits = 2.0 * torch.tanh(F.linear(hidden, weight, bias) / 2.0) / 0.7
+    target[5] = -100
+    real = target != -100
+    options = {"bias": bias, "temperature": 0.7, "softcap": 2.0, "outputs": ("is_top1", "mean_logit")}
+    function = linear_logprob
+    if compiled:
+        function = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
+    with rlhf_kernels.backend(backend):
+        logp, entropy, is_top1, mean = function(hidden, weight, target, **options)
+        (grad,) = torch.autograd.grad(logp.sum() + entropy.sum(), weight)
+    assert is_top1.dtype is torch.bool
+    assert not mean.requires_grad
+    assert not is_top1[0]
+    assert is_top1.equal((logits.argmax(-1) == target) & real)
+    torch.testing.assert_close(mean, logits.mean(-1).detach().masked_fill(~real, 0))
+    plain = linear_logprob(hidden, weight, target, bias=bias, temperature=0.7, softcap=2.0)
+    torch.testing.assert_close((logp, entropy), plain)
+    torch.testing.assert_close(grad, torch.autograd.grad(plain[0].sum() + plain[1].sum(), weight)[0])
+
+
 def test_a_frozen_weight_costs_no_product():
     hidden, weight, target = torch.randn(4, 8), torch.randn(9, 8), torch.randint(0, 9, (4,))
     results = linear_kernel_torch.forward(hidden, weight, None, target, 1.0, None, -100)
-    operands = (torch.ones(4), torch.ones(4), hidden, weight, None, target, *results[1:], 1.0, None, -100)
+    operands = (torch.ones(4), torch.ones(4), hidden, weight, None, target, *results[1:4], 1.0, None, -100)
     counts = []
     for wanted in ([True, True, False], [True, False, False], [False, True, False]):
         with Largest() as seen:
@@ -377,6 +407,7 @@ def test_bad_input(change, error, text):
         ),
         ({"target": TARGET - 1}, ValueError, "below 5 or -100, which is ignored, got -1"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, got 0.0"),
+        ({"outputs": ("top",)}, ValueError, "outputs must be among mean_logit, is_top1, got 'top'"),
     ],
 )
 def test_linear_bad_input(change, error, text):

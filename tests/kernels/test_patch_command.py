@@ -109,6 +109,30 @@ def test_example(name, capsys):
     assert not patching.active()
 
 
+def test_a_test_of_the_stack_that_ends_otherwise_is_found(tmp_path, capsys, monkeypatch):
+    _installed("transformers")
+    (tmp_path / "test_loss.py").write_text(
+        "from transformers.loss.loss_utils import ForCausalLMLoss as function\n"
+        "def test_is_callable():\n    assert callable(function)\n"
+        "def test_is_the_stacks_own():\n    assert function.__module__.startswith('transformers')\n"
+        "def test_fails():\n    assert function is None\n"
+    )
+    (tmp_path / "test_else.py").write_text("raise AssertionError('it names nothing that is replaced')\n")
+    tool = runpy.run_path(str(ROOT / "tools" / "target_tests.py"))
+    monkeypatch.setattr("sys.argv", ["target_tests.py", "transformers", "--tests", str(tmp_path), "--json"])
+    assert tool["main"]() == 2
+    row = json.loads(capsys.readouterr().out)
+    assert row["files"] == ["test_loss.py"]
+    assert row["before"] == {"passed": 2, "failed": 1}
+    ((name, outcomes),) = row["differing"].items()
+    assert name.endswith("::test_is_the_stacks_own")
+    assert [outcome.partition(":")[0] for outcome in outcomes] == ["passed", "failed"]
+    assert row["replaced"] == ["loss"]  # what has been imported
+    monkeypatch.setattr("sys.argv", ["target_tests.py", "trll"])
+    assert tool["main"]() == 64
+    assert "unknown target 'trll'" in capsys.readouterr().err
+
+
 def test_the_entropy_of_the_old_head_passes_no_gradient_unless_asked_by_name():
     if not (stacks.peers_root() / "trl-1.12").is_dir():
         pytest.skip("TRL 1.12 is not installed (make peers)")

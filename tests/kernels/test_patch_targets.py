@@ -1,5 +1,6 @@
 """Every replacement against the stack's own function: forward and every gradient, float32, 1e-5 relative."""
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -94,7 +95,7 @@ def test_declarations_are_consistent():
             names = [r.name for r in target.rebindings if r.fits(version, target)] + list(target.untouched)
             assert len(set(names)) == len(names)
         for rebinding in target.rebindings:
-            assert rebinding.op in rlhf_kernels.__all__ or not (rebinding.op or rebinding.chosen)
+            assert rebinding.op in rlhf_kernels.__all__ or (not rebinding.op and rebinding.note)
             assert set(rebinding.versions or ()) <= set(target.checked)
             assert rebinding.place.split(".")[0].split(":")[0] == target.root
 
@@ -113,5 +114,54 @@ def test_patch_replaces_what_it_lists_and_undoes_it(target):
         for one in patched.replaced:
             owner, key = slots.look_up(one.place, importlib.import_module(one.place.split(":")[0]))
             held.append((owner, key, slots.attributes(owner)[key]))
+        taken = [(slot.holder, slot.key, slot.before) for slot in patched.slots]
+        assert len(taken) >= len(held)
     for owner, key, ours in held:
         assert slots.attributes(owner)[key] is not ours
+    for holder, key, before in taken:
+        assert slots.attributes(holder).get(key, slots.ABSENT) is before
+
+
+def test_an_update_of_palm_gives_gradients_to_what_is_trained_alone():
+    pytest.importorskip("palm_rlhf_pytorch", reason="palm-rlhf-pytorch is not installed (make peers)")
+    (rebinding,) = [one for one in TARGETS["palm_rlhf_pytorch"].rebindings if one.name == "learn"]
+    call, ours = rebinding.call(False), comparison.functions(rebinding)[1]
+    trainer = call.args[0]
+    frozen = trainer.actor_critic.actor_palm.token_emb.weight
+    found = comparison.run(ours, call)
+    assert (
+        len(found) == 2 * 2 * 4 * 2 + 2
+    )  # two models, layers of four adapters of two tensors; the value head
+    assert all(gradient.any() for gradient in found)
+    assert frozen.grad is None
+    real = trainer.accelerate
+    trainer.accelerate = types.SimpleNamespace(
+        num_processes=2, backward=real.backward, print=print, device=real.device
+    )
+    comparison.run(ours, call)  # several processes: as the stack does
+    assert frozen.grad.any()
+
+
+def test_trl_takes_what_dpo_logs_from_our_head(monkeypatch):
+    """DPO asks for the mean logit and whether a token is the likeliest: these do not go to TRL's own."""
+    utils = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed (make peers)")
+    if patching.installed_version("trl") != "1.16.0":
+        pytest.skip("the installed TRL is another version")
+    call = next(r for r in TARGETS["trl"].rebindings if r.name == "loss_head").call(False)
+    asked = []
+    real = utils._ChunkedLogProbFunction.forward
+
+    @functools.wraps(real)  # its parameters are looked at
+    def forward(ctx, *args):
+        asked.append(args[-1])
+        return real(ctx, *args)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "forward", staticmethod(forward))
+    with rlhf_kernels.patch("trl", only="loss_head"):
+        found = utils._ChunkedLogProbFunction.apply(*call.args)
+        assert found[2] is None
+        assert (found[3].dtype, found[4].dtype) == (torch.float32, torch.bool)
+        assert found[4].any()
+        assert not asked
+        utils._ChunkedLogProbFunction.apply(*call.args[:-1], ("log_sum_sq_probs",))
+    assert asked == [("log_sum_sq_probs",)]

@@ -31,7 +31,7 @@ def test_adapters_on_any_projection_merge(make_palm, tokens, tmp_path, targets):
     model = make_palm(dim=16, dim_head=8)
     exact = model(tokens)
     model.add_finetune_params("b", 3, "attention")
-    model.add_finetune_params("a", 2, targets, last_layers=1)
+    model.add_finetune_params("a", 2, targets, last_layers=1, alpha=6)
     assert torch.equal(model(tokens, finetune_scope="a"), exact)
     assert numbers(model) == {(1, number) for number in KINDS[targets]}
     apart = randomised(model)(tokens, finetune_scope="a")
@@ -40,7 +40,8 @@ def test_adapters_on_any_projection_merge(make_palm, tokens, tmp_path, targets):
                                model.hidden_states(tokens, scope="a"), **SAME)  # fmt: skip
     again = load_palm(save_palm(tmp_path / "model.safetensors", model))
     assert torch.equal(again(tokens, finetune_scope="a"), apart)
-    assert again.adapter_options("a")["last_layers"] == 1
+    assert again.adapter_options("a") == model.adapter_options("a")
+    assert (model.adapter_options("a")["last_layers"], model.adapter_options("a")["alpha"]) == (1, 6)
     model.merge_finetune_params("a")
     torch.testing.assert_close(model(tokens), apart, **SAME)
 

@@ -265,7 +265,10 @@ def test_a_response_follows_from_its_seed_alone(palm):
 
 def test_seeds_give_independent_uniform_numbers():
     """Each seed's numbers, and those of neighbouring seeds, by chi-squared and correlation (4 sigma)."""
-    seeds = torch.cat([torch.arange(1000), 2**32 * torch.arange(1, 1001), 2**63 - 1 - torch.arange(1000)])
+    steps_on = 7 + _STEP * torch.arange(1, 4)
+    seeds = torch.cat(
+        [torch.arange(1000), 2**32 * torch.arange(1, 1001), 2**63 - 1 - torch.arange(1000), steps_on]
+    )
     drawn = torch.stack([uniforms(seeds, step) for step in range(64)], 1)
     assert drawn.min() >= 0
     assert drawn.max() < 1

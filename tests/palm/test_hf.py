@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from palm_rlhf.algorithms.objectives import log_ratio
 from palm_rlhf.generation import generate
-from palm_rlhf.models.hf import HFModel, load_hf
+from palm_rlhf.models.hf import HFModel, load_hf, quiet
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import Policy, set_dropout
 from tests.palm.hf_models import FAMILIES, VOCABULARY, build, configuration, random_model
@@ -122,6 +122,10 @@ def test_what_cannot_be_expressed_is_refused():
         HFModel(theirs)
     with pytest.raises(TypeError, match="causal model of transformers"):
         HFModel(torch.nn.Linear(2, 2))
+    theirs = random_model(configuration("llama"))
+    theirs.is_quantized = True
+    with pytest.raises(ValueError, match="quantised"):
+        HFModel(theirs)
     with pytest.raises(TypeError, match="LlamaModel"):
         HFModel(random_model(configuration("llama")).model)
 
@@ -219,11 +223,23 @@ def test_a_copy_is_a_model_of_its_own():
 def test_bfloat16_is_checked_by_its_own_measure():
     model = HFModel(random_model(configuration("llama"), torch.bfloat16))
     assert model.hidden_states(TOKENS, mask=MASK).dtype is torch.bfloat16
+    # Adapters are small, and learn in float32; what they add to has its own type.
+    pytest.importorskip("peft", reason="peft is not installed (make peers)")
+    model.add_finetune_params("a", 2)
+    assert {p.dtype for p in model.finetune_parameters("a")} == {torch.float32}
+    assert model.hidden_states(TOKENS, scope="a").dtype is torch.bfloat16
+    assert {p.dtype for p in model.for_sampling("a").parameters()} == {torch.bfloat16}
 
 
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"no folder .* with a model of transformers"):
         load_hf(tmp_path / "none")
+    with pytest.raises(ValueError, match="needs a name"):
+        load_hf("")
+    with quiet():
+        build("llama").model.model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"missing, such as lm_head.weight, and would be random"):
+        load_hf(tmp_path / "headless")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="cannot be loaded as a causal model"):
         load_hf(tmp_path)

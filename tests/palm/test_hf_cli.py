@@ -133,6 +133,8 @@ def test_mistakes_cost_one_sentence(folder, tmp_path, capsys, monkeypatch):
     words += ["--out", tmp_path / "dpo"]
     said = refused(capsys, *words, "--lora-targets", "nothing")
     assert said.startswith("LlamaForCausalLM has no projection 'nothing' for adapters. Choose from all,")
+    said = refused(capsys, *words, "--no-lora", "--lora-targets", "all")
+    assert said == "--lora-targets and --lora-alpha are of adapters: they need --lora"
     said = refused(capsys, *words, "--no-lora", "--last-layers", 5)
     assert said == "the model has 2 layers: from 1 to 2 of the last ones can learn, got 5"
     for missing in ("peft", "transformers"):

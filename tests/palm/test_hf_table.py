@@ -20,11 +20,12 @@ from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer
 from tests.palm.hf_models import FAMILIES, VOCABULARY, build
 from tests.palm.test_hf import MASK, SAME, TOKENS
 
-pytest.importorskip("peft", reason="peft is not installed (make peers)")
-
 ONLINE = OnlineConfig(prompts=2, samples=2, max_new_tokens=4, minibatch=4, policy_lr=1e-2, critic_lr=1e-2)
-# Every row on one family, in turn: each family trains a third of the table.
-ROWS = [(name, FAMILIES[i % len(FAMILIES)]) for i, name in enumerate([*ALGORITHMS, *PAIR_ALGORITHMS])]
+# Every row on one family, in turn: each family trains a third of the table, by adapters or all its weights.
+ROWS = [
+    (name, FAMILIES[i % len(FAMILIES)], ("adapters", "full")[i // len(FAMILIES) % 2])
+    for i, name in enumerate([*ALGORITHMS, *PAIR_ALGORITHMS])
+]
 PAIRS = [Pair(f"yes{i}", "no", prompt=f"ask{'x' * i}", margin=1.0 + i) for i in range(4)]
 
 
@@ -55,14 +56,19 @@ def score(generation):
 
 @pytest.mark.parametrize("row", ROWS[: len(ALGORITHMS)], ids="-".join)
 def test_every_online_row_trains(row):
-    algorithm, model = ALGORITHMS[row[0]], build(row[1], ("actor", "critic"))
-    options = {"auxiliary_every": 1, "auxiliary_epochs": 1} if algorithm.auxiliary else {}
-    critic = ValueModel(model, "critic") if algorithm.critic else None
-    if critic is not None:  # from 0 no gradient reaches the backbone
+    algorithm, scopes = ALGORITHMS[row[0]], ("actor", "critic") if row[2] == "adapters" else ()
+    model = build(row[1], scopes)
+    actor, other = scopes or (None, None)
+    reference = Policy(model if scopes else frozen(build(row[1])))
+    critic = None
+    if algorithm.critic:
+        critic = ValueModel(model if scopes else build(row[1]), other)
+        # From 0 no gradient reaches the backbone.
         torch.nn.init.normal_(critic.value_head.weight)
+    options = {"auxiliary_every": 1, "auxiliary_epochs": 1} if algorithm.auxiliary else {}
     trainer = OnlineTrainer(
-        algorithm, Policy(model, "actor"), score, [[3, 4, 5, 6], [9]], config=ONLINE,
-        options=algorithm.options(**options), reference=Policy(model), critic=critic, stop=2,
+        algorithm, Policy(model, actor), score, [[3, 4, 5, 6], [9]], config=ONLINE,
+        options=algorithm.options(**options), reference=reference, critic=critic, stop=2,
     )  # fmt: skip
     rollout = trainer.estimated(trainer.rollout())
     for part in rollout.minibatches(4, torch.Generator().manual_seed(0), groups=algorithm.groups):
@@ -74,20 +80,23 @@ def test_every_online_row_trains(row):
     before = snapshot(model)
     metrics = trainer.step(0)
     assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
-    scopes = ("actor", *(("critic",) if critic is not None else ()))
-    assert changed(before, model) == {n for n in before if n.split(".")[-2] in scopes}
+    expected = set(before)
+    if scopes:
+        expected = {n for n in before if n.split(".")[-2] in scopes[: 2 if critic else 1]}
+    assert changed(before, model) == expected
 
 
 @pytest.mark.parametrize("row", ROWS[len(ALGORITHMS) :], ids="-".join)
 def test_every_offline_row_trains(row):
-    algorithm, model = PAIR_ALGORITHMS[row[0]], build(row[1], ("actor",))
+    algorithm, scope = PAIR_ALGORITHMS[row[0]], "actor" if row[2] == "adapters" else None
+    model = build(row[1], () if scope is None else (scope,))
     trainer = OfflineTrainer(
-        algorithm, Policy(model, "actor"), PAIRS, Letters(), config=OfflineConfig(lr=1e-2, batch=4),
+        algorithm, Policy(model, scope), PAIRS, Letters(), config=OfflineConfig(lr=1e-2, batch=4),
         reference=Policy(model), held_out=PAIRS,
     )  # fmt: skip
     before, loss = snapshot(model), trainer.evaluate()["loss"]
     trainer.step(0)
-    assert changed(before, model) == {n for n in before if ".actor." in n}
+    assert changed(before, model) == {n for n in before if scope is None or ".actor." in n}
     assert trainer.evaluate()["loss"] < loss
 
 
@@ -101,7 +110,8 @@ def test_supervised_learning_and_reward_models(family, tmp_path):
     assert changed(before, model) == set(before)
     assert trainer.validation_loss() < loss
 
-    reward = RewardModel(model, lora_r=2, lora_targets="all", last_layers=1)
+    pytest.importorskip("peft", reason="peft is not installed (make peers)")
+    reward = RewardModel(model, lora_r=2, lora_targets="all", last_layers=1, lora_alpha=6)
     before = snapshot(reward)
     trainer = RewardTrainer(
         reward, PAIRS, Letters(), config=RewardConfig(lr=1e-2, anneal=False), held_out=PAIRS

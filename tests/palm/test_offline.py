@@ -107,12 +107,15 @@ def test_every_row_lowers_its_loss_and_raises_the_margin(make_palm, name, lora):
 
 @quiet
 @every_row
-def test_padding_order_and_parts_change_no_loss_and_no_gradient(make_palm, name):
+def test_padding_order_parts_and_packing_change_no_loss_and_no_gradient(make_palm, name):
     trainer = moved(make(make_palm, name, dtype=torch.float64))
     rows = trainer._rows[:8]
     expected = result(trainer, rows)
     assert expected[1].norm() > 1e-4
     same(result(trainer, rows[::-1]), expected)
+    trainer.policy.packed = True
+    same(result(trainer, rows), expected)
+    trainer.policy.packed = None
     # In one part all rows have the padding of the longest; alone they have none.
     for size in (1, 3):
         trainer.config = replace(CONFIG, micro_batch=size)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from palm_rlhf.algorithms.table import ALGORITHMS
+from palm_rlhf.generation import generate
 from palm_rlhf.models.value import Policy, ValueModel, frozen
+from palm_rlhf.rollout.store import RolloutStore
 from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
 
 PPO = ALGORITHMS["ppo"]
@@ -160,3 +162,32 @@ def test_the_trainers_values_are_those_before_each_token(make_palm):
             for step in range(int(rollout.mask[row].sum())):
                 direct = one.critic(torch.tensor([text[: start + step]]))[0, -1]
                 torch.testing.assert_close(found[row, step], direct, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rollout_does_not_depend_on_how_many_are_sampled_at_a_time(make_palm):
+    config = replace(CONFIG, samples=2, max_new_tokens=8)
+    found = [trainer(make_palm, replace(config, rollout_batch=size)).rollout() for size in (None, 2)]
+    assert torch.equal(found[0].generation.seeds, found[1].generation.seeds)
+    for row in range(8):
+        assert found[0].generation.response(row) == found[1].generation.response(row)
+    g = found[0].generation
+    seed = g.seeds[[5]]
+    again = generate(
+        make_palm(finetune_scopes=("actor", "critic")), [g.prompt(5)], max_new_tokens=8, scope="actor",
+        stop=2, seeds=seed,
+    )  # fmt: skip
+    assert again.response(0) == g.response(5)
+
+
+def test_a_rollout_that_was_kept_teaches_what_it_taught(make_palm, tmp_path):
+    store = RolloutStore(tmp_path)
+    one, other = trainer(make_palm, store=store), trainer(make_palm)
+    for index in range(2):
+        metrics = one.step(index)
+        found = other.update(RolloutStore(tmp_path).rollout(index), index)
+        assert all(metrics[name] == value for name, value in found.items())
+    for name, tensor in state(one.policy.model).items():
+        assert torch.equal(tensor, state(other.policy.model)[name]), name
+    assert [row["step"] for row in store.rollouts] == [0, 1]
+    one.step(1)
+    assert [row["step"] for row in RolloutStore(tmp_path).rollouts] == [0, 1]

@@ -197,6 +197,39 @@ def test_training_and_scoring_read_a_response_alike():
     assert chosen - rejected == pytest.approx(trainer.evaluate()["difference"], abs=1e-4)
 
 
+def test_margins_and_centring_are_in_the_loss():
+    """By hand, and centring as TRL 1.16's RewardTrainer has it: weight * mean((chosen + rejected)^2)."""
+    pairs = [Pair("aab", "b", "say: ", margin=0.7), Pair("a", "bb", "say: "), Pair("aa", "cb", margin=2.0)]
+    model, found = reward_model(dropout=0.0), {}
+    for margin, centring in ((1.0, 0.0), (0.5, 0.0), (0.0, 0.0), (1.0, 0.3)):
+        config = RewardConfig(batch=3, margin=margin, centring=centring)
+        trainer = RewardTrainer(model, pairs, TOKENIZER, config=config, held_out=pairs)
+        found[margin, centring] = trainer.evaluate()
+        tokens, mask, prompts = trainer._batch([row.texts[k] for k in range(2) for row in trainer._rows])
+        with torch.no_grad():
+            chosen, rejected = model.pair_scores(tokens, mask, prompts)
+        wanted = chosen - rejected - margin * torch.tensor([0.7, 0.0, 2.0])
+        expected = torch.log1p(torch.exp(-wanted)).mean() + centring * ((chosen + rejected) ** 2).mean()
+        assert found[margin, centring]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert found[margin, centring]["reward"] == pytest.approx(float((chosen + rejected).mean() / 2))
+    assert len({round(each["loss"], 5) for each in found.values()}) == 4
+    for name in ("margin", "centring"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+            RewardConfig(**{name: -1})
+
+
+def test_centring_keeps_rewards_around_zero():
+    far = []
+    for centring in (0.0, 0.5):
+        model = reward_model(dropout=0.0)
+        with torch.no_grad():
+            model.to_pred.bias.fill_(3.0)
+        pairs = many_a(8)
+        config = RewardConfig(epochs=30, lr=1e-2, batch=8, centring=centring, anneal=False)
+        far.append(abs(trained(RewardTrainer(model, pairs, TOKENIZER, config=config))["reward"]))
+    assert far[1] < 1 < 2 < far[0]
+
+
 # ---- resuming
 
 

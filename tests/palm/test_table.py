@@ -9,6 +9,7 @@ import torch
 from palm_rlhf.algorithms.objectives import log_ratio
 from palm_rlhf.algorithms.row import Whole
 from palm_rlhf.algorithms.table import ALGORITHMS
+from palm_rlhf.models.packing import set_packed
 from palm_rlhf.models.value import Policy, ValueModel
 from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
 from tests.palm.test_algorithms import widened
@@ -99,13 +100,16 @@ def test_before_the_first_update_the_learner_finds_what_the_sampler_recorded(mak
 
 @quiet
 @every_row
-def test_padding_and_the_order_of_the_batch_change_no_loss_and_no_gradient(make_palm, name, options):
+def test_padding_order_and_packing_change_no_loss_and_no_gradient(make_palm, name, options):
     trainer = make(make_palm, name, options, dtype=torch.float64)
     rollout = off_policy(trainer)
     expected = result(trainer, rollout.trimmed())
     assert expected[1].norm() > 1e-3
-    same(result(trainer, widened(rollout.trimmed(), left=3, right=4)), expected)
-    same(result(trainer, rollout.rows(torch.randperm(len(rollout)))), expected)
+    parts = [part for part in (trainer.policy, trainer.critic) if part is not None]
+    for packed in (False, True):
+        set_packed(packed, *parts)
+        same(result(trainer, widened(rollout.trimmed(), left=3, right=4)), expected)
+        same(result(trainer, rollout.rows(torch.randperm(len(rollout)))), expected)
     # Of the estimates as well.
     shuffle = torch.randperm(len(rollout))
     for changed, back in (

@@ -1,11 +1,16 @@
-"""`palm-rlhf train` with other rows of the table than PPO."""
+"""`palm-rlhf train` with other rows of the table than PPO, rollouts that are kept, rewards by name."""
 
 import json
 
 import pytest
 
+from palm_rlhf.commands.common import load_function, load_model
+from palm_rlhf.commands.rewards import named_reward
+from palm_rlhf.generation import generate
+from palm_rlhf.rewards import ModelReward, load_reward_model
 from palm_rlhf.trainers.log import read_metrics
-from tests.palm.command_line import called, make_inputs, refused, same_tensors, without_clock
+from tests.palm.command_line import PPO, called, make_inputs, refused, same_tensors, without_clock
+from tests.palm.test_text_rewards import BYTES, texts
 
 GRPO = ["--steps", "2", "--prompts", "2", "--samples", "3", "--minibatch", "3"]
 
@@ -71,3 +76,87 @@ def test_what_is_wrong_with_pairs_is_said(made, tmp_path, capsys):
     said = refused(capsys, *words, "--pairs", made / "pairs.jsonl")
     assert said.startswith("rebel learns from differences of rewards, and no pair has one")
     assert refused(capsys, "train", "dop").startswith("there is no algorithm 'dop'. Did you mean 'dpo'?")
+
+
+def test_rollouts_are_kept_listed_and_shown(made, tmp_path, capsys):
+    out, words = tmp_path / "run", ["train", "grpo", *start(made), *GRPO]
+    assert called(*words, "--out", out, "--keep-rollouts") == 0
+    capsys.readouterr()
+    assert called("rollouts", "--run", out, "--json") == 0
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    metrics = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert [row["reward"] for row in rows] == pytest.approx([row["reward"] for row in metrics])
+    assert all(row["responses"] == 6 and 0 < row["tokens"] <= 24 for row in rows)
+    assert called("rollouts", "--run", out) == 0
+    assert "12 responses in 2 rollouts" in capsys.readouterr().out
+    assert called("rollouts", "--run", out, "--step", -1, "--show", 3, "--json") == 0
+    best = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert called("rollouts", "--run", out, "--step", 1, "--show", 6, "--worst", "--json") == 0
+    worst = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    rewards = [row["reward"] for row in worst]
+    assert rewards == sorted(rewards)
+    assert [row["reward"] for row in best] == rewards[::-1][:3]
+    assert all(row["reward"] == sum(c.isalpha() for c in row["response"]) for row in worst)
+    (out / "model.safetensors").unlink()
+    assert called("rollouts", "--run", out, "--step", 0) == 0, (
+        "the run is not finished: the first model's tokens"
+    )
+    assert "no rollout of step 7; there are: 0 to 1" in refused(capsys, "rollouts", "--run", out, "--step", 7)
+    assert "Train with --keep-rollouts" in refused(capsys, "rollouts", "--run", made / "text")
+
+
+def test_rewards_by_name(made, tmp_path, capsys):
+    (tmp_path / "words.tsv").write_text("so\t1\nmuch\t3\n")
+    file = tmp_path / "several.json"
+    says = {"combine": "sum", "weights": [1, 10], "rewards": [f"lexicon:{tmp_path}/words.tsv", "words:-1"]}
+    file.write_text(json.dumps(says))
+    g = texts(("a", "so much"), ("b", "so"))
+    assert named_reward(str(file), BYTES, BYTES.stop)(g).tolist() == [2 - 10, 1]
+    assert named_reward("matches:much", BYTES, BYTES.stop)(g).tolist() == [1, 0]
+    words = ["generate", "--model", made / "text", "--prompt", "so", "--json", "--max-new-tokens", 8]
+    assert called(*words, "--best-of", 3, "--reward", "characters:-2") == 0
+    best = json.loads(capsys.readouterr().out)
+    assert best["reward"] == -max(0, len(best["response"]) - 2)
+    assert load_function("matches:x")("", "x") == 1
+    for name, problem in (
+        ("lexicon:", "needs a file of words with weights after the colon"),
+        ("matches:(", "is no regular expression"),
+        ("words:5", "needs bounds, as in words:5-20"),
+        ("polite", "FILE.py:function, or as one of lexicon:..., sentiment:..."),
+        (f"sentiment:{tmp_path}/words.tsv", "expected a sentence, a tab and 0 or 1"),
+        (f"implicit:{tmp_path}", "is no run that began with a model"),
+    ):
+        assert problem in refused(capsys, *words, "--best-of", 2, "--reward", name), name
+    file.write_text('{"rewards": ["words:-1"], "how": "mean"}')
+    assert "must hold" in refused(capsys, *words, "--best-of", 2, "--reward", file)
+
+
+def test_a_run_of_dpo_is_an_implicit_reward_that_a_policy_learns_from(made, tmp_path):
+    words = ["--model", made / "text", "--quiet"]
+    dpo = ["train", "dpo", *words, "--pairs", made / "pairs.jsonl", "--held-back", 0.2, "--batch", 4]
+    assert called(*dpo, "--lr", 0.01, "--beta", 0.3, "--out", tmp_path / "dpo") == 0
+    reward = named_reward(f"implicit:{tmp_path / 'dpo'}", BYTES, BYTES.stop)
+    assert reward.beta == 0.3
+    assert reward(texts(("so", " much"))).abs() > 1e-6
+    told = ["--prompts-file", made / "prompts.txt", "--reward", f"implicit:{tmp_path / 'dpo'}"]
+    assert called("train", "ppo", *words, *told, "--max-new-tokens", 4, *PPO, "--out", tmp_path / "ppo") == 0
+
+
+def test_a_reward_model_is_normalised_on_samples_of_its_model(made, tmp_path, capsys):
+    pairs = [json.loads(row) | {"prompt": ""} for row in (made / "pairs.jsonl").read_text().splitlines()]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    words = ["reward", "--model", made / "text", "--pairs", file, "--held-back", 0.4, "--lr", 0.01, "--quiet"]
+    words += ["--batch", 2, "--normalize", 6, "--normalize-tokens", 5]
+    assert called(*words, "--out", tmp_path / "reward") == 0
+    assert "rewards of 6 responses after training: mean" in capsys.readouterr().out
+    model = load_reward_model(tmp_path / "reward" / "model.safetensors")
+    # The samples again, by their seeds: without prompts a text follows the end of another.
+    writer = load_model(made / "text", tokenizer=None)
+    prompts, options = [[writer.stop]] * 6, {"max_new_tokens": 5, "stop": writer.stop}
+    rewards = ModelReward(model)(generate(writer.model, prompts, seeds=range(6), **options)).double()
+    assert abs(rewards.mean()) < 1e-5
+    assert rewards.var(correction=0) == pytest.approx(1, abs=1e-4)
+    problem = "--normalize needs at least 2 responses"
+    assert problem in refused(capsys, *words[:-4], "--normalize", 1, "--out", tmp_path / "other")

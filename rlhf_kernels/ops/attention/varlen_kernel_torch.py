@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_kernels.ops.attention import kernel_torch, varlen_reference
+from rlhf_kernels.ops.rotary import RotaryTable, rotary
 from rlhf_kernels.runtime.library import recomputed
 
 DIFFERENTIABLE = True
@@ -15,7 +16,15 @@ DIFFERENTIABLE = True
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp where asked for (else 0)."""
-    return varlen_reference.by_sequence(kernel_torch.forward, q, k, v, *options)
+    *options, q_cos, q_sin, k_cos, k_sin = options
+    if q_cos is not None:
+        # All at once: a call for each sequence costs as much as its attention.
+        q, k = _turned(q, RotaryTable(q_cos, q_sin)), _turned(k, RotaryTable(k_cos, k_sin))
+    return varlen_reference.by_sequence(kernel_torch.forward, q, k, v, *options, *[None] * 4)
+
+
+def _turned(x: Tensor, table: RotaryTable) -> Tensor:
+    return rotary(x.transpose(0, 1), table).transpose(0, 1)
 
 
 def backward(*args: Any) -> tuple[Tensor, ...]:

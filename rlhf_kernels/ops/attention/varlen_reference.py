@@ -32,18 +32,26 @@ def by_sequence(
     bounds = cu_seqlens.tolist()
     bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
     outs, logs = [], []
-    for a, b, c, d in zip(bounds, bounds[1:], bounds_k, bounds_k[1:]):
+    # Split, not sliced: the gradient of a slice is a tensor as large as the whole.
+    *queries, behind = q.split(_lengths(bounds, q.shape[2]), 2)
+    keys, values = (x.split(_lengths(bounds_k, x.shape[2]), 2) for x in (k, v))
+    for i, rows in enumerate(zip(queries, keys, values)):
+        a, b, c, d = *bounds[i : i + 2], *bounds_k[i : i + 2]
         own = [None if t is None else t[a:b] for t in tables[:2]]
         own += [None if t is None else t[c:d] for t in tables[2:]]
-        rows = (q[:, :, a:b], k[:, :, c:d], v[:, :, c:d])
         out, lse = attend(*rows, causal, None, scale, return_lse, window, softcap, *own)
         outs.append(out[0])
         logs.append(lse[0])
     wide = torch.promote_types(q.dtype, torch.float32)
-    behind = q[0, :, bounds[-1] :]
+    behind = behind[0]
     outs.append(behind.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0))
     logs.append(behind.new_full(behind.shape[:2], float("-inf"), dtype=wide))
     return torch.cat(outs, 1).transpose(0, 1).contiguous(), torch.cat(logs, 1)
+
+
+def _lengths(bounds: list[int], rows: int) -> list[int]:
+    """Of the sequences, and of what is behind the last."""
+    return [b - a for a, b in zip(bounds, [*bounds[1:], rows])]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from rlhf_kernels.runtime.checks import floating, on, positive, shaped, tokens
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
+# What `outputs` of linear_logprob may name.
+RANKED = ("mean_logit", "is_top1")
 _BACKENDS = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
 
 
@@ -47,16 +50,22 @@ _logprob = Operator(
 ).call
 
 
+def _linear_fake(hidden: Tensor, weight: Tensor, bias: Any, target: Tensor, *options: Any) -> tuple[Any, ...]:
+    ranked = target.shape if options[-1] else (0,)
+    by_row = _by_row(hidden, target)
+    return *by_row, by_row[0].new_empty(ranked), target.new_empty(ranked, dtype=torch.bool)
+
+
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, target, *ctx.options = inputs
+    hidden, weight, bias, target, *ctx.options, _ = inputs
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(hidden, weight, bias, target, *output[1:])
+    ctx.save_for_backward(hidden, weight, bias, target, *output[1:4])
 
 
 def _linear_gradients(ctx: Any, backward: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:3])
     found = backward(*grads[:2], *ctx.saved_tensors, *ctx.options, wanted)
-    return *(grad if w else None for grad, w in zip(found, wanted)), None, None, None, None
+    return *(grad if w else None for grad, w in zip(found, wanted)), None, None, None, None, None
 
 
 def _linear_backward_fake(
@@ -81,15 +90,15 @@ _linear_logprob = Operator(
             "triton": "linear_kernel_triton",
         },
     ),
-    f"({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda hidden, weight, bias, target, *options: _by_row(hidden, target),
+    f"({_OPERANDS}, {_OPTIONS}, bool ranked) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_fake,
     backward_schema=f"({_GRADS}, {_OPERANDS}, {_RESULTS}, {_OPTIONS}, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor)",
     backward_fake=_linear_backward_fake,
     setup_context=_linear_setup,
     gradients=_linear_gradients,
     replay=lambda grad_logprob, grad_entropy, *given: (
-        (*given[:4], *given[7:10]),
+        (*given[:4], *given[7:10], False),
         (grad_logprob, grad_entropy),
     ),
     wrt=(0, 1, 2),
@@ -132,7 +141,8 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-) -> tuple[Tensor, Tensor]:
+    outputs: Sequence[str] = (),
+) -> tuple[Tensor, ...]:
     """`logprob` of `hidden @ weight.T + bias`, without ever holding the logits [N, V].
 
     Some rows' logits exist at a time; the backward computes them once more. Gradients reach hidden, weight
@@ -148,13 +158,19 @@ def linear_logprob(
         softcap: `softcap * tanh(logits / softcap)` before the temperature, as Gemma 2 has it.
         ignore_index: target of rows that do not count: both results are 0, and the row has no gradient and
             gives none to weight and bias, whatever stands in it.
+        outputs: more results, for what a trainer logs, at a pass over the logits each, without gradient:
+            "mean_logit", the mean over the vocabulary of the capped and divided logits, and "is_top1",
+            whether the target is the first of the largest.
 
     Returns:
-        log p(target) and the entropy, [N], in float32 (float64 for float64); see `logprob`.
+        log p(target) and the entropy, [N], in float32 (float64 for float64); see `logprob`. Then what
+        `outputs` names, in its order: [N], of the same dtype, or bool for "is_top1"; 0 and False where the
+        target is ignored.
 
     Raises:
         TypeError: an operand has the wrong dtype, temperature or softcap is no number.
-        ValueError: shapes, devices or a target do not fit, temperature or softcap is not positive.
+        ValueError: shapes, devices or a target do not fit, temperature or softcap is not positive, or
+            `outputs` names what there is not.
     """
     op = "linear_logprob"
     floating(op, "hidden", hidden)
@@ -180,7 +196,11 @@ def linear_logprob(
     positive(op, "temperature", temperature)
     if softcap is not None:
         positive(op, "softcap", softcap)
-    return _linear_logprob(hidden, weight, bias, target, temperature, softcap, ignore_index)[:2]
+    if unknown := [name for name in outputs if name not in RANKED]:
+        raise ValueError(f"{op}(): outputs must be among {', '.join(RANKED)}, got {unknown[0]!r}")
+    options = (temperature, softcap, ignore_index, len(outputs) > 0)
+    found = _linear_logprob(hidden, weight, bias, target, *options)
+    return *found[:2], *(found[4 + RANKED.index(name)] for name in outputs)
 
 
 def _vocabulary(op: str, name: str, x: Tensor, size: tuple[int, ...]) -> None:

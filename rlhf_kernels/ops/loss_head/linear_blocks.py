@@ -53,18 +53,25 @@ def forward(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob, entropy, largest z and log sum exp(z - largest)."""
+    ranked: bool = False,
+) -> tuple[Tensor, ...]:
+    """logprob, entropy, largest z and log sum exp(z - largest); mean z and whether the target is the largest.
+
+    The last two are empty unless `ranked`."""
     ignored = target == ignore_index
     ids = target.masked_fill(ignored, 0)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     results = tuple(hidden.new_empty(target.shape, dtype=dtype) for _ in range(4))
+    mean, is_top = (hidden.new_empty(target.shape if ranked else 0, dtype=t) for t in (dtype, torch.bool))
     for part, _, logits in _blocks(hidden, weight, bias, ignored, softcap):
+        if ranked:
+            mean[part] = logits.mean(-1, dtype=dtype) / temperature
+            is_top[part] = logits.argmax(-1) == ids[part]
         for result, found in zip(results, reduce(logits, ids[part], temperature)):
             result[part] = found
-    for result in results[:2]:
+    for result in (*results[:2], mean, is_top) if ranked else results[:2]:
         result.masked_fill_(ignored, 0)
-    return results
+    return *results, mean, is_top
 
 
 def backward(

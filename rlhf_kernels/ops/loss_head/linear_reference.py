@@ -18,8 +18,11 @@ def forward(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob of hidden @ weight.T + bias, capped; zeros, and no gradient, where the target is ignored."""
+    ranked: bool = False,
+) -> tuple[Tensor, ...]:
+    """logprob of hidden @ weight.T + bias, capped; zeros, and no gradient, where the target is ignored.
+
+    The last two results, mean logit and whether the target is the largest, are empty unless `ranked`."""
     real = target != ignore_index
     logits = torch.where(real[:, None], hidden, 0).double() @ weight.double().T
     if bias is not None:
@@ -28,7 +31,10 @@ def forward(
         logits = softcap * torch.tanh(logits / softcap)
     logprob, entropy, *rest = reference.forward(logits, target.where(real, 0), temperature)
     results = (torch.where(real, logprob, 0), torch.where(real, entropy, 0), *rest)
-    return tuple(result.to(torch.promote_types(hidden.dtype, torch.float32)) for result in results)
+    mean, is_top = logits.mean(-1).detach() / temperature, logits.argmax(-1) == target
+    more = (mean.where(real, 0), is_top & real) if ranked else (mean[:0], is_top[:0])
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return *(result.to(dtype) for result in (*results, more[0])), more[1]
 
 
 def linear_logprob(
