@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,20 +58,12 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, len(values))
 
 
-def distinct(texts: Iterable[str], n: int, words: int | None = None) -> float:
-    """Distinct-n (Li et al., 2016, arXiv:1510.03055): different n-grams of words over all of them.
-
-    It falls the more text there is: `words` is how many are looked at, from the first text on, so that models
-    can be compared. NaN where there is no n-gram. None goes over the border between two texts.
-    """
-    seen, total, left = set(), 0, math.inf if words is None else words
+def first_words(texts: Iterable[str], words: int) -> Iterator[str]:
+    """The texts up to so many words over all: `tasks.sentiment.distinct` falls the more there are."""
     for text in texts:
-        parts = text.split() if left == math.inf else list(islice(text.split(), int(left)))
-        left -= len(parts)
-        grams = list(zip(*(parts[k:] for k in range(n))))
-        seen.update(grams)
-        total += len(grams)
-    return len(seen) / total if total else math.nan
+        parts = text.split()[:words]
+        words -= len(parts)
+        yield " ".join(parts)
 
 
 def word_count(texts: Iterable[str]) -> int:

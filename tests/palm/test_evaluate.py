@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from palm_rlhf.evaluate import (
-    distinct,
     draw,
+    first_words,
     judged_win_rate,
     kl_divergence,
     mean_interval,
@@ -22,6 +22,7 @@ from palm_rlhf.pipeline import ModelSampler, SamplingOptions, load_template, sel
 from palm_rlhf.pipeline.scoring import RuleScorer
 from palm_rlhf.rewards import ProgrammaticReward
 from palm_rlhf.tasks.pairs import Pair
+from palm_rlhf.tasks.sentiment import distinct
 from palm_rlhf.tokens import ByteTokenizer
 from tests.palm.command_line import called, make_inputs, refused
 
@@ -53,9 +54,8 @@ def test_distinct_counts_n_grams_within_texts():
     texts = ["a b a b", "b a", ""]
     assert distinct(texts, 1) == 2 / 6
     assert distinct(texts, 2) == 2 / 4  # ab, ba, ab, ba: not over the border
-    assert distinct(texts, 1, words=3) == 2 / 3
-    assert distinct(texts, 2, words=5) == 2 / 3
-    assert math.isnan(distinct(["a"], 2))
+    assert list(first_words(texts, 5)) == ["a b a b", "b", ""]
+    assert distinct(first_words(texts, 3), 1) == 2 / 3
 
 
 def test_perplexity_of_a_text_in_windows(make_palm):
