@@ -33,6 +33,10 @@ def pairs():
          lambda: torch.ops.aten._weight_norm_interface(x, one, 0)),
         ("gae, mask", lambda: rk.gae(x, y, mask=mask), "native_layer_norm (3 in, 3 out)",
          lambda: norm(x, [8], weight, bias, 1e-5)),
+        ("layer_norm", lambda: rk.layer_norm(x, weight), "native_layer_norm (3 in, 3 out)",
+         lambda: norm(x, [8], weight, bias, 1e-5)),
+        ("rms_norm", lambda: rk.rms_norm(x, weight), "native_layer_norm (3 in, 3 out)",
+         lambda: norm(x, [8], weight, bias, 1e-5)),
     ]  # fmt: skip
 
 

@@ -6,7 +6,14 @@ Importing this needs torch alone. `explain("gae")` says which backend runs an op
 import os
 from typing import TYPE_CHECKING, Any
 
-from rlhf_kernels.ops.advantage import gae, token_advantages
+from rlhf_kernels.ops.advantage import (
+    discounted_return,
+    gae,
+    lambda_return,
+    linear_recurrence,
+    token_advantages,
+    vtrace,
+)
 from rlhf_kernels.ops.attention import attention, attention_prefix, attention_varlen, decode_attention
 from rlhf_kernels.ops.loss_head import linear_logprob, logprob
 from rlhf_kernels.ops.norm import layer_norm, rms_norm
@@ -34,10 +41,13 @@ __all__ = [
     "attention_varlen",
     "backend",
     "decode_attention",
+    "discounted_return",
     "explain",
     "gae",
+    "lambda_return",
     "layer_norm",
     "linear_logprob",
+    "linear_recurrence",
     "logprob",
     "masked_normalize",
     "patch",
@@ -47,6 +57,7 @@ __all__ = [
     "sample",
     "swiglu",
     "token_advantages",
+    "vtrace",
 ]
 
 

@@ -36,6 +36,15 @@ struct GaeBackward {
   double gamma, lam;
 };
 
+// y = a * (y of the step after, or before) + b; `initial` stands beyond the first step taken, and may be
+// null.
+template <class T>
+struct Recurrence {
+  Plane<const T> a, b, initial;
+  Plane<T> y;
+  int64_t rows, steps;
+};
+
 // Scores and KL terms in the place of rewards; a mask is always there. `advantages` may be kept in more
 // digits than the inputs; `returns` may be null.
 template <class T, class Out = T>

@@ -104,9 +104,28 @@ def token_advantages_backward(draw: Draw) -> Trial:
     return Trial(arguments, (score, -kl_coef * rewards, values), slack)
 
 
+def linear_recurrence(draw: Draw) -> Trial:
+    """One step after the other, either way."""
+    shape = draw.choice((draw.size(70), draw.size(60)), (draw.size(20), draw.size(1100)), (3, 1024))
+    a, b = (draw.floats(shape, odd=False, spread=0.1) for _ in range(2))
+    a = draw.laid_out(np.tanh(a).astype(np.float32))
+    initial = draw.choice(None, draw.floats((shape[0],), odd=False, spread=0.1))
+    reverse = draw.choice(True, False)
+    state = np.zeros(shape[0]) if initial is None else initial.astype(np.float64)
+    size = np.abs(state)  # of what is added up
+    y, largest = np.zeros(shape), np.abs(size).max(initial=0.0)
+    for t in reversed(range(shape[1])) if reverse else range(shape[1]):
+        y[:, t] = state = a[:, t].astype(np.float64) * state + b[:, t]
+        size = np.abs(a[:, t]) * size + np.abs(b[:, t])
+        largest = max(largest, size.max(initial=0.0))
+    slack = 1e-6 * largest * (1 + np.sqrt(shape[1]))
+    return Trial((a, b, initial, reverse), (y,), slack)
+
+
 TRIALS = {
     "gae": gae,
     "gae_backward": gae_backward,
     "token_advantages": token_advantages,
     "token_advantages_backward": token_advantages_backward,
+    "linear_recurrence": linear_recurrence,
 }

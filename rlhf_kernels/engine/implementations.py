@@ -87,7 +87,7 @@ def of_backend(
     absent = spec.op.unsupported(name, device.type, dtype) or refusal(spec, case, dtype, name, device.type)
     if absent is None and device.type == "cpu" and name in ("triton", "gluon"):
         absent = "the interpreter is for checking and is never timed"
-    context = partial(use_backend, f"{spec.name}={name}", strict=True)
+    context = partial(use_backend, f"{spec.op.name}={name}", strict=True)
     return Implementation(name, spec.function, context, absent=absent)
 
 

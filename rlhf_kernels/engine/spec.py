@@ -160,6 +160,7 @@ class OpSpec:
         kernels: () -> the Triton kernels to compile ahead of time.
         host_kernels: row kernels whose instructions are counted.
         knobs: what `tune` may turn.
+        operator: the op whose kernels run, where the function puts a formula of its own around another's.
         peers_match: options under which a foreign function means the same, passed to stacks.
     """
 
@@ -178,13 +179,14 @@ class OpSpec:
     kernels: Callable[[], Iterable[KernelBuild]] = tuple
     host_kernels: tuple[HostKernel, ...] = ()
     knobs: tuple[Knob, ...] = ()
+    operator: str = ""
 
     @property
     def op(self) -> Any:
         """The op's backends (runtime.dispatch.Op)."""
         from rlhf_kernels.runtime.dispatch import OPS
 
-        return OPS[self.name]
+        return OPS[self.operator or self.name]
 
     @property
     def directions(self) -> tuple[Direction, ...]:

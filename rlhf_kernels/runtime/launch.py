@@ -21,6 +21,17 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def number(value: float, like: Tensor) -> float | Tensor:
+    """A float argument of a kernel over `like`: itself, or in memory where that is float64.
+
+    Triton hands Python's floats over as float32. Annotating the argument tl.float64 would cost registers in
+    every dtype; `triton_lib.number` is the other half.
+    """
+    if like.dtype != torch.float64:
+        return float(value)
+    return torch.full((1,), value, dtype=torch.float64, device=like.device)
+
+
 def launch(kernel: Any, grid: Sequence[int], on: Tensor, /, *args: Any, **meta: Any) -> None:
     """Runs `kernel[grid](*args, **meta)` with the device of `on` current; Triton takes its current stream.
 

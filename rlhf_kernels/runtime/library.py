@@ -35,7 +35,8 @@ class Operator:
     """A differentiable op over the backends of one room; a room calls its `call`.
 
     The kernels' `forward(*args)` and `backward(*backward_args)` and the torch.library schemas take the same
-    positional arguments. The first argument is a tensor and decides device and dtype.
+    positional arguments. The first argument is a tensor and decides device and dtype. A kernel may give None
+    for an output that only its backward would read: torch.library, which wants a tensor, gets zeros.
 
     Args:
         op: the room's backends.
@@ -73,6 +74,7 @@ class Operator:
         self.wrt = wrt
         self.wanted = wanted
         self.shape_class = shape_class
+        self.fake = fake
         self.overload = _register(op.name, schema, self._run, fake)
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
         self.tensors = tuple(i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]"))
@@ -89,7 +91,11 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         shape_class = self.shape_class(*args) if self.shape_class else None
-        return self.op.choose(args[0], shape_class).forward(*args)
+        found = self.op.choose(args[0], shape_class).forward(*args)
+        if type(found) is tuple and any(output is None for output in found):
+            shapes = self.fake(*args)
+            return tuple(s.zero_() if output is None else output for output, s in zip(found, shapes))
+        return found
 
     def _run_backward(self, *args: Any) -> Any:
         forward_args, grads = self.replay(*args)

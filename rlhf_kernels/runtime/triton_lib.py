@@ -16,3 +16,9 @@ def to_float32(x):
 def sigmoid(x):
     """Logistic function; tl.sigmoid takes no float64."""
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def number(value, ptr):
+    """A float argument as launch.number hands it over: in memory beside float64 data, as is at `ptr`."""
+    return tl.load(value) if ptr.dtype.element_ty == tl.float64 else value

@@ -414,3 +414,13 @@ def test_linear_bad_input(change, error, text):
     arguments = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(5, 3), "target": TARGET} | change
     with pytest.raises(error, match=rf"linear_logprob\(\): .*{text}"):
         linear_logprob(**arguments)
+
+
+def test_floats_of_triton_kernels_keep_their_digits_beside_float64():
+    """Triton takes a Python float as float32."""
+    from rlhf_kernels.runtime.launch import number
+
+    held = number(0.7, torch.zeros(2, dtype=torch.float64))
+    assert held.dtype == torch.float64
+    assert held.item() == 0.7
+    assert number(0.7, torch.zeros(2)) == 0.7

@@ -9,7 +9,7 @@ import rlhf_kernels
 from rlhf_kernels import logprob, sample
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.2, 0.1], dtype=torch.float64)
-BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "native", "reference"])
 
 
 def draws(n, *, dtype=torch.float32, **options):

@@ -14,7 +14,7 @@ from rlhf_kernels.stacks import peer, source
 
 OPS = {
     "attention", "rotary", "swiglu", "gae", "masked_normalize", "layer_norm", "rms_norm", "logprob",
-    "linear_logprob", "sample", "token_advantages",
+    "linear_logprob", "sample", "token_advantages", "lambda_return", "vtrace",
 }  # fmt: skip
 FOREIGN = {"trl", "verl", "torchrl", "liger_kernel", "palm_rlhf_pytorch", "transformers", "ray"}
 

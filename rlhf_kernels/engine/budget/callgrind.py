@@ -66,7 +66,7 @@ def recorded(kernel: HostKernel) -> list[tuple[str, tuple[Any, ...], dict[str, A
 
 
 def measure(
-    specs: Sequence[OpSpec], targets: Sequence[str], package: str, recorded: Mapping[str, Any]
+    specs: Sequence[OpSpec], targets: Sequence[str], package: str, _sources: Mapping[str, Any]
 ) -> Iterator[Measured]:
     """Every host kernel of these specs, if LEVEL is among the targets; all are counted."""
     kernels = [(spec, kernel, recorded(kernel)) for spec in specs for kernel in spec.host_kernels]

@@ -7,12 +7,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf_kernels.ops.advantage.recurrence import linear_recurrence
+from rlhf_kernels.ops.advantage.returns import discounted_return, lambda_return, vtrace
 from rlhf_kernels.ops.advantage.token import token_advantages
 from rlhf_kernels.runtime.checks import boolean, floating, number, on, same, shaped
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
-__all__ = ["gae", "token_advantages"]
+__all__ = [
+    "discounted_return",
+    "gae",
+    "lambda_return",
+    "linear_recurrence",
+    "token_advantages",
+    "vtrace",
+]
 
 _OP = Op("gae", __name__, {"cpu": ("native", "torch"), "cuda": ("native", "triton", "torch")})
 _FLAGS = "Tensor? mask, Tensor? done, Tensor? truncated"

@@ -163,7 +163,7 @@ def tile(steps: int) -> tuple[int, int]:
     return max(1, TILE // block), block
 
 
-def _plane(t: Tensor | None) -> tuple[Tensor | None, int]:
+def plane(t: Tensor | None) -> tuple[Tensor | None, int]:
     """A [B, T] tensor with contiguous rows and its row stride; booleans as bytes."""
     if t is None:
         return None, 0
@@ -181,7 +181,7 @@ def forward(
     returns = torch.empty_like(advantages)
     per_step = next_value if next_value is not None and next_value.dim() == 2 else None
     last = next_value if per_step is None else None
-    tensors, strides = zip(*map(_plane, (rewards, values, mask, done, truncated, per_step)))
+    tensors, strides = zip(*map(plane, (rewards, values, mask, done, truncated, per_step)))
     tile_rows, block = tile(steps)
     launch(
         gae_forward_kernel, (cdiv(rows, tile_rows) if steps else 0,), rewards,
@@ -200,7 +200,7 @@ def backward(
     grad_rewards = torch.empty((rows, steps), dtype=grad.dtype, device=grad.device)
     grad_values = torch.empty_like(grad_rewards)
     grad_next = grad.new_empty(((0,), (rows,), (rows, steps))[next_dims])
-    tensors, strides = zip(*map(_plane, (grad, grad_returns, mask, done, truncated)))
+    tensors, strides = zip(*map(plane, (grad, grad_returns, mask, done, truncated)))
     tile_rows, block = tile(steps + 1)
     launch(
         gae_backward_kernel, (cdiv(rows, tile_rows),), grad,

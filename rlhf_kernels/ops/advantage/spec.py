@@ -24,7 +24,7 @@ from rlhf_kernels.engine.spec import (
     randn,
     row_mask,
 )
-from rlhf_kernels.ops.advantage import gae, kernel_torch, reference, token_spec
+from rlhf_kernels.ops.advantage import gae, kernel_torch, recurrence_spec, reference, returns_spec, token_spec
 
 ALL_DTYPES = (*FLOAT_DTYPES, torch.float64)
 
@@ -211,4 +211,6 @@ SPECS = (
         knobs=(Knob("grain", "native", (32768, 8192, 131072)),),
     ),
     token_spec.SPEC,
+    *recurrence_spec.SPECS,
+    *returns_spec.SPECS,
 )

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.runtime.launch import cdiv, launch
-from rlhf_kernels.runtime.triton_lib import to_float32
+from rlhf_kernels.runtime.launch import number as argument
+from rlhf_kernels.runtime.triton_lib import number, to_float32
 
 BLOCK = 4096
 NUM_WARPS = 8
@@ -35,6 +36,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One row: the largest z so far, and the sums of exp(z - largest) and (z - largest) exp(z - largest)."""
     row = tl.program_id(0).to(tl.int64)
+    temperature = number(temperature, logits_ptr)
     logits_ptr += row * stride
     element = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     peak = tl.full((), float("-inf"), element)
@@ -72,6 +74,7 @@ def backward_kernel(
     """d logprob / dz = onehot(target) - p and d entropy / dz = -p (log p + entropy)."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    temperature = number(temperature, logits_ptr)
     z = _scaled(logits_ptr + row * stride, cols, size, temperature)
     log_p = _difference(z - tl.load(peak_ptr + row), tl.load(log_total_ptr + row))
     to_logprob = tl.load(grad_logprob_ptr + row)
@@ -94,8 +97,8 @@ def forward(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor,
     results = tuple(torch.empty(target.shape, dtype=dtype, device=logits.device) for _ in range(4))
     launch(
         forward_kernel, (rows.shape[0],), logits,
-        rows, target.contiguous(), *results, rows.stride(0), rows.shape[1], float(temperature),
-        BLOCK=BLOCK, num_warps=NUM_WARPS,
+        rows, target.contiguous(), *results, rows.stride(0), rows.shape[1],
+        argument(temperature, rows), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return results
 
@@ -110,7 +113,8 @@ def differentiate(
     launch(
         backward_kernel, (rows.shape[0], cdiv(rows.shape[1], BLOCK)), rows,
         rows, target.contiguous(), *(t.contiguous() for t in by_row), out,
-        rows.stride(0), out.stride(0), rows.shape[1], float(temperature), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        rows.stride(0), out.stride(0), rows.shape[1], argument(temperature, rows),
+        BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 

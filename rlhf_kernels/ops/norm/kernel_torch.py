@@ -17,10 +17,10 @@ def forward(
     eps: float,
     weight_offset: float,
     center: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, None]:
     """PyTorch's own normalisation; in float32 as a whole where the weight does not have x's dtype."""
     rows = (x if residual is None else x + residual).contiguous()
-    summed = x.new_empty(0) if residual is None else rows
+    summed = None if residual is None else rows
     # 1 + gamma does not fit into 16 bits, and CUDA's layer_norm takes parameters of x's dtype only.
     if weight_offset or weight.dtype != x.dtype:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -30,9 +30,7 @@ def forward(
         out = F.layer_norm(rows, weight.shape, weight, bias, eps)
     else:
         out = F.rms_norm(rows, weight.shape, weight, eps)
-    # No statistics: autograd keeps PyTorch's own.
-    nothing = x.new_zeros((*x.shape[:-1], 3), dtype=torch.promote_types(x.dtype, torch.float32))
-    return out.to(x.dtype), summed, nothing
+    return out.to(x.dtype), summed, None  # no statistics: autograd keeps PyTorch's own
 
 
 def layer_norm(

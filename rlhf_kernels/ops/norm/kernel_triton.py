@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.runtime.launch import cdiv, launch
-from rlhf_kernels.runtime.triton_lib import to_float32
+from rlhf_kernels.runtime.launch import number as argument
+from rlhf_kernels.runtime.triton_lib import number, to_float32
 
 # Elements of a row that are kept in registers, 16 a thread.
 LONG = 8192
@@ -85,6 +86,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One row."""
     row = tl.program_id(0).to(tl.int64)
+    eps, weight_offset = number(eps, x_ptr), number(weight_offset, x_ptr)
     x_ptr += row * x_stride
     residual_ptr += row * residual_stride
     out_ptr += row * size
@@ -145,6 +147,7 @@ def backward_kernel(
     part = tl.program_id(0).to(tl.int64)
     element = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     n = size.to(element)
+    eps, weight_offset = number(eps, x_ptr), number(weight_offset, x_ptr)
     by_weight_ptr += part * size
     by_bias_ptr += part * size
     cols = tl.arange(0, BLOCK)
@@ -239,7 +242,8 @@ def forward(
     launch(
         forward_kernel, (rows.shape[0],), x,
         rows, added, weight, bias, out, summed, statistics,
-        rows.stride(0), added.stride(0), rows.shape[1], eps, weight_offset,
+        rows.stride(0), added.stride(0), rows.shape[1],
+        argument(eps, x), argument(weight_offset, x),
         CENTER=center, ADDS=residual is not None, BIAS=bias is not weight, **_blocks(rows.shape[1]),
     )  # fmt: skip
     return out, summed, statistics
@@ -268,7 +272,8 @@ def backward(
     launch(
         backward_kernel, (parts,), x,
         dy, also, rows, weight.contiguous(), statistics.contiguous(), grad_x, sums, bias_sums,
-        dy.stride(0), also.stride(0), rows.stride(0), n_rows, share, size, eps, weight_offset,
+        dy.stride(0), also.stride(0), rows.stride(0), n_rows, share, size,
+        argument(eps, x), argument(weight_offset, x),
         CENTER=center, ALSO=grad_summed is not None, BIAS=bias is not None, **_blocks(size),
     )  # fmt: skip
     grad_bias = weight.new_empty(0) if bias is None else bias_sums.sum(0).to(weight.dtype)

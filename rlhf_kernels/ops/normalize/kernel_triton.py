@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rlhf_kernels.ops.normalize.arguments import ZERO_MASKED
 from rlhf_kernels.runtime.launch import cdiv, launch
-from rlhf_kernels.runtime.triton_lib import to_float32
+from rlhf_kernels.runtime.launch import number as argument
+from rlhf_kernels.runtime.triton_lib import number, to_float32
 
 BLOCK = 4096
 NUM_WARPS = 8
@@ -141,7 +142,7 @@ def forward_kernel(
         count, mean, squares = _merged_moments(parts_ptr + 3 * row * chunks, chunks, CHUNKS)
     else:
         count, mean, squares = _moments(x_ptr, mask_ptr, size, MASKED, BLOCK)
-    _, rstd, _ = _variance(count, squares, eps, flags)
+    _, rstd, _ = _variance(count, squares, number(eps, x_ptr), flags)
     offset = tl.where((flags & 4) != 0, 0.0, mean)
     for start in range(0, size, BLOCK):
         cols = start + tl.arange(0, BLOCK)
@@ -196,7 +197,7 @@ def backward_kernel(
     else:
         count, mean, squares = _moments(x_ptr, mask_ptr, size, MASKED, BLOCK)
         total, along = _gradient_sums(grad_ptr, x_ptr, mask_ptr, size, mean, flags, MASKED, BLOCK)
-    freedom, rstd, clamped = _variance(count, squares, eps, flags)
+    freedom, rstd, clamped = _variance(count, squares, number(eps, x_ptr), flags)
     average = total / tl.maximum(count, 1.0)  # taken away before the scale, so that it cancels
     direct = tl.where((flags & 4) != 0, 0.0, average)
     slope = tl.where(clamped, 0.0, -rstd * rstd * rstd * along / freedom)
@@ -257,7 +258,8 @@ def forward(x: Tensor, mask: Tensor | None, trailing: int, eps: float, flags: in
         _launch_moments(rows, real, parts, chunk, masked)
     launch(
         forward_kernel, (n_rows, chunks), rows,
-        rows, real, parts, out, rows.stride(0), real.stride(0), length, chunk, eps, flags,
+        rows, real, parts, out, rows.stride(0), real.stride(0), length, chunk,
+        argument(eps, x), flags,
         MASKED=masked, HIDE=masked and bool(flags & ZERO_MASKED), SPLIT=chunks > 1, BLOCK=BLOCK,
         CHUNKS=CHUNKS, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -282,6 +284,6 @@ def backward(grad: Tensor, x: Tensor, mask: Tensor | None, trailing: int, eps: f
         launch(sums_kernel, (n_rows, chunks), rows, dy, rows, real, parts, sums, *shape, flags, **meta)
     launch(
         backward_kernel, (n_rows, chunks), rows,
-        dy, rows, real, parts, sums, out, *shape, eps, flags, SPLIT=chunks > 1, **meta,
+        dy, rows, real, parts, sums, out, *shape, argument(eps, x), flags, SPLIT=chunks > 1, **meta,
     )  # fmt: skip
     return out

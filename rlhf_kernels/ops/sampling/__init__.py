@@ -21,7 +21,7 @@ def _fake(logits: Tensor, uniform: Tensor, *options: object) -> tuple[Tensor, Te
 
 
 _sample = Operator(
-    Op("sample", __name__, {"cpu": ("torch",), "cuda": ("torch",)}),
+    Op("sample", __name__, {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}),
     "(Tensor logits, Tensor uniform, float temperature, int? top_k, float? top_p)"
     " -> (Tensor, Tensor, Tensor)",
     _fake,
