@@ -9,7 +9,6 @@ import argparse
 import ast
 import copy
 import json
-import math
 import os
 import tempfile
 import time
@@ -244,11 +243,3 @@ def write(path: Path, metrics: Sequence[Mapping[str, float]], **facts: Any) -> N
 def read(folder: Path) -> list[dict[str, Any]]:
     """All runs of a folder, by name of the file."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-
-
-def wilson(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a proportion, 95 % by default. Wilson, 1927, doi:10.1080/01621459.1927.10502953."""
-    share, spread = right / total, z * z / total
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return centre - half, centre + half

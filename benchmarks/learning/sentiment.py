@@ -34,6 +34,7 @@ from rows import (
 
 from palm_rlhf.algorithms.estimators import response_kl
 from palm_rlhf.algorithms.table import ALGORITHMS
+from palm_rlhf.evaluate import distinct
 from palm_rlhf.generation import Generation, best_of, generate
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy, frozen
@@ -41,7 +42,7 @@ from palm_rlhf.rewards import ModelReward, RewardModel
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.tasks import text
 from palm_rlhf.tasks.pairs import Labelled, Pair
-from palm_rlhf.tasks.sentiment import NaiveBayes, distinct, parts, read_sst2
+from palm_rlhf.tasks.sentiment import NaiveBayes, parts, read_sst2
 from palm_rlhf.tokens import Tokenizer
 from palm_rlhf.trainers.offline import OfflineConfig
 from palm_rlhf.trainers.online import OnlineConfig
@@ -155,7 +156,7 @@ def measured(w: World, drawn: Generation) -> dict[str, float]:
         "positive": sum(judged) / len(judged),
         "reward": float(w.reward(drawn).mean()),
         "kl": float(response_kl(rollout).mean()),
-        "distinct_2": distinct(sentences(drawn, w.start.tokenizer, whole=False)),
+        "distinct_2": distinct(sentences(drawn, w.start.tokenizer, whole=False), 2),
         "tokens": float(drawn.response_mask.sum(1).float().mean()),
     }
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rows import RESULTS, read, wilson
+from rows import RESULTS, read
 
 from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS
 from palm_rlhf.algorithms.table import ALGORITHMS
+from palm_rlhf.evaluate import wilson
 from rlhf_kernels.runtime.files import write_aside
 
 PAGE = Path(__file__).parents[2] / "docs" / "learning.md"
@@ -184,7 +185,7 @@ def judges(runs: dict[str, list[Run]]) -> str:
     for run in runs["sft"]:
         for what, label in (("reward", "reward model"), ("judge", "judge (naive Bayes)")):
             share, total = run[f"{what}_accuracy"], run["dev"]
-            low, high = wilson(share * total, total)
+            _, low, high, _ = wilson(share * total, total)
             lines.append(
                 [label, str(run["seed"]), str(run[f"{what}_examples"]), f"{100 * share:.1f}",
                  f"{100 * low:.1f} to {100 * high:.1f}"]
@@ -202,7 +203,7 @@ def preferences(runs: dict[str, list[Run]]) -> str:
     for name, some in runs.items():
         for run in some:
             share, total = run["after"]["accuracy"], run["held_out"]
-            low, high = wilson(share * total, total)
+            _, low, high, _ = wilson(share * total, total)
             label = "reward model" if name == "reward" else f"`{name}`"
             lines.append(
                 [label, str(run["seed"]), str(run["pairs"]), str(total), f"{100 * share:.1f}",

@@ -1,4 +1,4 @@
-"""Sentences with a sentiment: SST-2's file, a judge that counts words, and how varied texts are."""
+"""Sentences with a sentiment: SST-2's file, and a judge that counts words."""
 
 from __future__ import annotations
 
@@ -105,15 +105,3 @@ def features(text: str) -> Iterator[str]:
     words = text.lower().split()
     yield from words
     yield from (f"{a} {b}" for a, b in pairwise(words))
-
-
-def distinct(texts: Iterable[str], n: int = 2) -> float:
-    """Share of different ones among all n-grams of words in these texts; 0 without any.
-
-    It falls with the number of texts: compare equal numbers. Li et al., 2016, arXiv:1510.03055.
-    """
-    grams: Counter[tuple[str, ...]] = Counter()
-    for text in texts:
-        words = text.split()
-        grams.update(zip(*(words[i:] for i in range(n))))
-    return len(grams) / grams.total() if grams else 0.0

@@ -56,13 +56,6 @@ def test_online_rows_draw_equal_samples():
                 assert found["prompts"] * found["samples"] * found["steps"] == run["samples"], run["row"]
 
 
-def test_intervals_of_shares():
-    import rows
-
-    assert rows.wilson(0, 10) == pytest.approx((0.0, 0.27754), abs=1e-5)
-    assert rows.wilson(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
-
-
 def test_a_curve_keeps_its_ends(tmp_path):
     import rows
 

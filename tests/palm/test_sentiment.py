@@ -1,4 +1,4 @@
-"""Sentiment: SST-2's file, the judge, variety."""
+"""Sentiment: SST-2's file, the judge."""
 
 import math
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from palm_rlhf.tasks.pairs import Labelled
-from palm_rlhf.tasks.sentiment import NaiveBayes, distinct, features, parts, read_sst2
+from palm_rlhf.tasks.sentiment import NaiveBayes, features, parts, read_sst2
 
 DATA = Path(os.environ.get("PALM_RLHF_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -69,9 +69,3 @@ def test_the_judge_is_right_about_sst2():
     train, dev = read_sst2(folder / "train.tsv"), read_sst2(folder / "dev.tsv")
     assert (len(train), len(dev)) == (6920, 872)
     assert NaiveBayes(train).accuracy(dev) > 0.78
-
-
-def test_distinct_counts_different_pairs():
-    assert distinct(["a b a b", "b a"]) == pytest.approx(2 / 4)
-    assert distinct(["a b a b"], n=1) == pytest.approx(2 / 4)
-    assert distinct(["alone"]) == 0.0
