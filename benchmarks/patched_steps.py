@@ -8,8 +8,7 @@ that interleave both in one process, after one round that does not count. Memory
 runs a first step, and then one under the profiler: `tensors` is the most that tensors hold above what they
 held before (so without the weights, with gradients and the optimizer's state), `process` is by how much the
 first step raised the most that the process ever held. `difference` is between the gradients of both,
-relative to each tensor's largest element. float32 on the CPU;
-needs `make peers`.
+relative to each tensor's largest element. float32 on the CPU; needs `make peers`.
 """
 
 from __future__ import annotations
@@ -297,8 +296,8 @@ def table(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measures what was named, or all; prints a table each, or rows."""
+def main() -> int:
+    """Measures what was named, or all; prints a table each, or rows. 64 where an argument is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -309,11 +308,13 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return child(*json.loads(options.child))
-    if unknown := [name for name in options.tasks if name not in TASKS]:
-        parser.error(f"unknown task {unknown[0]!r}: expected some of {', '.join(TASKS)}")
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
+        child(*json.loads(options.child))
+        return 0
+    unknown = [name for name in options.tasks if name not in TASKS]
+    if unknown or options.rounds < 1:
+        wrong = f"unknown task {unknown[0]!r}: expected some of {', '.join(TASKS)}" if unknown else ""
+        print(wrong or f"--rounds must be at least 1, got {options.rounds}", file=sys.stderr)
+        return 64
     activate()
     for name in options.tasks or TASKS:
         row = measure(name, options.rounds)
@@ -321,7 +322,8 @@ def main() -> None:
         if options.out:
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

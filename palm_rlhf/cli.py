@@ -20,6 +20,10 @@ COMMANDS = {
     "reward": "train a reward model on pairs of a better and a worse response",
     "train": "train a model on rewards or on pairs: palm-rlhf train ppo, grpo, dpo, and others",
     "generate": "continue prompts, or choose the best of several responses",
+    "sample": "several responses to each prompt of a file, with a seed each",
+    "score": "score what was sampled, by a reward model, a classifier or a rule",
+    "pairs": "the best and the worst response to each prompt, for palm-rlhf train rebel, dpo, ...",
+    "evaluate": "compare models: perplexity, rewards, win rate, KL, diversity; judge a reward model",
     "rollouts": "list what a run sampled, with rewards: of palm-rlhf train ... --keep-rollouts",
 }
 
@@ -60,6 +64,13 @@ rewards by name, for --reward:
 on a model of transformers, by its folder or its name on the hub (docs/models.md):
   palm-rlhf train grpo --model hf:Qwen/Qwen2.5-0.5B-Instruct --chat --prompts-file prompts.txt \\
       --reward score.py:polite --out runs/grpo
+
+your own model's responses, in stages that can be stopped and go on (docs/pipeline.md):
+  palm-rlhf sample --model runs/book --prompts-file prompts.txt --out runs/samples.jsonl
+  palm-rlhf score --samples runs/samples.jsonl --reward score.py:polite --out runs/scored.jsonl
+  palm-rlhf pairs --scored runs/scored.jsonl --out runs/pairs.jsonl
+  palm-rlhf train rebel --model runs/book --pairs runs/pairs.jsonl --temperature 0.8 --out runs/rebel
+  palm-rlhf evaluate --model runs/book runs/rebel --prompts-file test.txt --reward score.py:polite
 
 in several processes, on GPUs or on the CPU, or in bfloat16 (docs/training.md):
   accelerate launch --config_file examples/accelerate/processes.yaml --num_processes 4 \\

@@ -105,6 +105,21 @@ def left_padded(
     return tokens.to(device), mask.to(device)
 
 
+def side_by_side(
+    prompts: Sequence[Sequence[int] | Tensor], responses: Sequence[Sequence[int]], pad: int = 0
+) -> tuple[Tensor, Tensor, int]:
+    """Tokens and mask [B, P + R], and P: prompts padded on the left, responses on the right: they meet.
+
+    A response may be empty; ValueError for an empty prompt.
+    """
+    left, mask = left_padded(prompts, pad)
+    lengths = torch.tensor([len(response) for response in responses])
+    real = torch.arange(int(lengths.max())) < lengths[:, None]
+    right = torch.full(real.shape, pad)
+    right[real] = torch.tensor([token for response in responses for token in response], dtype=torch.int64)
+    return torch.cat([left, right], 1), torch.cat([mask, real], 1), left.shape[1]
+
+
 @torch.no_grad()
 def generate(
     model: CausalModel,

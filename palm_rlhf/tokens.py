@@ -6,6 +6,7 @@ that way, with any tokenizer.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -307,16 +308,17 @@ def check_fits(tokenizer: Tokenizer, model: CausalModel) -> None:
 
 def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether two tokenizers give the same ids; how they pad or begin a text may differ."""
-    first, second = (_identity(tokenizer) for tokenizer in (one, other))
-    return first == second
+    return identity(one) == identity(other)
 
 
-def _identity(tokenizer: Tokenizer) -> Any:
+def identity(tokenizer: Tokenizer) -> str:
+    """The name of a tokenizer, or what everything that makes its ids hashes to."""
     if not hasattr(tokenizer, "text"):
         return tokenizer.name
     found = json.loads(tokenizer.text)
-    parts = ("model", "added_tokens", "normalizer", "pre_tokenizer")
-    return {part: found[part] for part in parts} if isinstance(found.get("model"), dict) else found
+    if isinstance(found.get("model"), dict):
+        found = {part: found[part] for part in ("model", "added_tokens", "normalizer", "pre_tokenizer")}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stop_token(tokenizer: Tokenizer, text: str | None = None) -> int:

@@ -290,9 +290,9 @@ def make_task(name: str | None, problems: Path | None, factors: tuple[int, int])
     return products(*factors) if name is not None else None
 
 
-def load_function(where: str) -> Callable[[str, str], float]:
-    """What `FILE.py:name` or a name of `rewards.text` means; ValueError where there is no such reward."""
-    if (named := text_reward(where)) is not None:
+def load_function(where: str, takes: Sequence[str] = ("prompt", "response")) -> Callable[..., float]:
+    """What `FILE.py:name` or a name of `rewards.text` means; ValueError where it takes other arguments."""
+    if (named := text_reward(where)) is not None and len(takes) == 2:
         return named
     path, colon, name = where.rpartition(":")
     if not colon or not name.isidentifier():
@@ -312,7 +312,7 @@ def load_function(where: str) -> Callable[[str, str], float]:
     if not callable(function):
         raise ValueError(f"{path} has no function {name}()")
     try:
-        inspect.signature(function).bind("prompt", "response")
+        inspect.signature(function).bind(*takes)
     except TypeError as error:
-        raise ValueError(f"{path}: {name}() must take (prompt, response): {error}") from error
+        raise ValueError(f"{path}: {name}() must take ({', '.join(takes)}): {error}") from error
     return function

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,9 @@ from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS, PairAlgorithm
 from palm_rlhf.commands.common import HFOptions, Loaded, Tuning, load_model, merged, save_model
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.models.value import Policy
-from palm_rlhf.tasks.pairs import read_pairs, split_examples
+from palm_rlhf.pipeline.files import stage_config
+from palm_rlhf.tasks.pairs import Pair, read_pairs, split_examples
+from palm_rlhf.tokens import identity
 from palm_rlhf.trainers.offline import OfflineConfig, OfflineTrainer
 
 __all__ = ["PAIR_ALGORITHMS", "PairAlgorithm", "TrainPairs", "run"]
@@ -34,14 +37,18 @@ class TrainPairs:
     """Pairs as JSON lines."""
     out: Path
     """Folder of the run. If it is there, the run goes on."""
+    test_pairs: Path | None = None
+    """Pairs that judge, such as those that palm-rlhf pairs split off."""
     held_back: float = 0.1
-    """Share of the pairs that judge."""
+    """Without --test-pairs: share of the pairs that judge."""
     tokenizer: str | None = None
     """'bytes', a tokenizer.json or hf:NAME, for a --model that does not say what its tokens are."""
     tuning: Annotated[Tuning, tyro.conf.arg(name="")] = field(default_factory=Tuning)
     config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = field(default_factory=OfflineConfig)
     save_every: int = 100
     """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that stay; palm-rlhf evaluate --run looks at all that are there."""
     hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
@@ -52,8 +59,10 @@ class TrainPairs:
 def run(args: TrainPairs, line: str) -> int:
     """Trains, and writes the model with the adapters merged."""
     folder = Run(f"train {args.algorithm.name}", args, line, grows="epochs")
-    train, judge = split_examples(read_pairs(args.pairs), args.held_back, args.config.seed)
     loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
+    train, judge = _divided(args)
+    for file in (args.pairs, args.test_pairs):
+        _check_origin(file, args, loaded)
     torch.manual_seed(args.config.seed)  # of new adapters
     policy = args.tuning.policy(loaded.model)
     trainer = OfflineTrainer(
@@ -80,3 +89,34 @@ def run(args: TrainPairs, line: str) -> int:
     print(f"on {len(judge)} held-out pairs: {said}")
     print(f"model  {saved}\n" + (f"curve  {curve}\n" if curve else ""), end="")
     return 0
+
+
+def _divided(args: TrainPairs) -> tuple[list[Pair], list[Pair]]:
+    """Pairs that are learned from and pairs that judge."""
+    pairs = read_pairs(args.pairs)
+    if args.test_pairs is None:
+        return split_examples(pairs, args.held_back, args.config.seed)
+    judge = read_pairs(args.test_pairs)
+    if not pairs or not judge:
+        raise ValueError(f"{args.test_pairs if pairs else args.pairs} has no pairs that differ")
+    return pairs, judge
+
+
+def _check_origin(file: Path | None, args: TrainPairs, loaded: Loaded) -> None:
+    """Whether pairs of `palm-rlhf pairs` are in this model's tokens; a word if they were drawn otherwise."""
+    made = (None if file is None else stage_config(file)) or {}
+    if "tokenizer" not in made:
+        return
+    if made["tokenizer"] != identity(loaded.tokenizer):
+        raise ValueError(
+            f"{file} holds tokens of {made['tokenizer']}, and {args.model} writes those of "
+            f"{identity(loaded.tokenizer)} ({loaded.tokenizer.name}). Sample from a model with the same "
+            "tokenizer."
+        )
+    drawn = made["sampling"]["temperature"]
+    if file == args.pairs and drawn and drawn != args.config.temperature:
+        print(
+            f"palm-rlhf: {file} was sampled at temperature {drawn:g}, and log-probabilities are taken at "
+            f"{args.config.temperature:g}. --temperature {drawn:g} takes those that it was sampled with.",
+            file=sys.stderr,
+        )

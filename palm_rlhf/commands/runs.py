@@ -17,7 +17,7 @@ from palm_rlhf.trainers.ranks import ranks
 from rlhf_kernels.runtime.files import write_aside
 
 # What may change when a run is resumed, since no number depends on it.
-_FREE = {"out", "quiet", "save_every", "device", "checkpoint_layers", "keep_rollouts"}
+_FREE = {"out", "quiet", "save_every", "keep", "device", "checkpoint_layers", "keep_rollouts"}
 
 
 class Run:
@@ -41,12 +41,14 @@ class Run:
         self.folder, self.line, self.grows = Path(args.out), line, grows
         self.progress, self.save_every = not args.quiet, args.save_every
         self.config = {"command": command, **_flat(json.loads(json.dumps(asdict(args), default=str)))}
-        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=getattr(args, "keep", 2))
         self._check()
 
     def _check(self) -> None:
         if self.save_every < 1:
             raise ValueError(f"--save-every must be at least 1, got {self.save_every}")
+        if self.checkpoints.keep < 1:
+            raise ValueError(f"--keep must be at least 1, got {self.checkpoints.keep}")
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--out {self.folder} is a file. Choose a folder.")
         file = self.folder / "config.json"

@@ -72,6 +72,8 @@ class Train:
     """Steps between two looks at the held-out problems; 0: only before and after."""
     save_every: int = 20
     """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that stay; palm-rlhf evaluate --run looks at all that are there."""
     keep_rollouts: bool = False
     """Keep what is sampled in OUT/rollouts: palm-rlhf rollouts --run OUT shows it."""
     hf: Annotated[HFOptions, tyro.conf.arg(name="")] = field(default_factory=HFOptions)

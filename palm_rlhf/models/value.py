@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from palm_rlhf.algorithms.critics import bin_centres
 from palm_rlhf.algorithms.preferences import expected_value
+from palm_rlhf.generation import side_by_side
 from palm_rlhf.models.finetune import learned
 from palm_rlhf.models.packing import hidden_rows, placed
 from palm_rlhf.models.protocol import CausalModel
@@ -94,6 +95,18 @@ class Policy(nn.Module):
         hidden, real = self._hidden(tokens, mask, prompt_width)
         return self._scored(hidden, tokens, real, temperature)
 
+    def response_logprob(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        pad: int = 0,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """[B]: log-probability of each response after its prompt, summed over its tokens."""
+        tokens, mask, width = side_by_side(prompts, responses, pad)
+        device = self.model.device
+        return self(tokens.to(device), mask.to(device), width, temperature)[0].sum(1)
+
     def with_head(
         self, tokens: Tensor, mask: Tensor | None, prompt_width: int, temperature: float, ids: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,6 +130,23 @@ class Policy(nn.Module):
         ]
         logprob, ids = (placed(torch.cat(parts), real) for parts in zip(*found))
         return ids, logprob
+
+    @torch.no_grad()
+    def divergence(
+        self,
+        reference: Policy,
+        tokens: Tensor,
+        mask: Tensor | None,
+        prompt_width: int,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """[B, R]: KL(this || reference) of the next token, over the whole vocabulary; 0 where masked."""
+        both, found = (self, reference), []
+        (mine, real), (theirs, _) = (policy._hidden(tokens, mask, prompt_width) for policy in both)
+        for block in zip(mine.split(self._block), theirs.split(self._block)):
+            p, q = (policy._logits(rows, temperature).log_softmax(-1) for policy, rows in zip(both, block))
+            found.append((p.exp() * (p - q)).sum(-1))
+        return placed(torch.cat(found), real)
 
     def _picked(self, hidden: Tensor, ids: Tensor, temperature: float) -> Tensor:
         """Log-probabilities [N, K] of the tokens `ids`."""

@@ -248,8 +248,11 @@ class ModelReward:
         self.model, self.micro_batch, self.generator = model, micro_batch, generator
 
     @torch.no_grad()
-    def __call__(self, generation: Generation) -> Tensor:
-        """Rewards of prompt and response up to and including the stop token: padding is never read."""
+    def __call__(self, generation: Generation, *, mark_prompt: bool = True) -> Tensor:
+        """Rewards of prompt and response up to and including the stop token: padding is never read.
+
+        Without `mark_prompt` the model is not told what is prompt: as it was trained on texts without one.
+        """
         device = self.model.palm.device
         prompt = torch.arange(generation.tokens.shape[1], device=device) < generation.prompt_width
         training = self.model.training
@@ -261,7 +264,7 @@ class ModelReward:
                 tokens, mask = part.tokens.to(device), part.mask.to(device)
                 # What is padding in every row is at the ends: prompts end where responses begin.
                 used = mask.any(0)
-                in_prompt = prompt[used].expand(len(tokens), -1)
+                in_prompt = prompt[used].expand(len(tokens), -1) if mark_prompt else None
                 scores = self.model(tokens[:, used], mask[:, used], in_prompt, generator=self.generator)
                 found.append(scores.float())
         finally:

@@ -57,10 +57,11 @@ class ProgrammaticReward:
             prompt, response = generation.prompt(row), generation.response(row, without=without)
             if self.on == "text":
                 prompt, response = prompt_text(self.tokenizer, prompt), self.tokenizer.decode(response)
-            found.append(self._score(prompt, response))
+            found.append(self.score(prompt, response))
         return torch.tensor(found, dtype=torch.float32, device=generation.tokens.device)
 
-    def _score(self, prompt: Any, response: Any) -> float:
+    def score(self, prompt: Any, response: Any) -> float:
+        """The function's number for one response; RewardError where it fails or gives none."""
         name = getattr(self.function, "__name__", type(self.function).__name__)
         where = f"for the prompt {_SHORT.repr(prompt)} and the response {_SHORT.repr(response)}"
         try:

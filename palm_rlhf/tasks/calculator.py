@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,18 @@ from palm_rlhf.tokens import Tokenizer, prompt_ids, stop_token
 
 # Problems answered at a time.
 _BATCH = 512
-_STEP = re.compile(r"<<\s*(\d+)\s*\*\s*(\d+)\s*=\s*(\d+)\s*>>")
-_PROMPT = re.compile(r"(\d+)\*(\d+)=")
+_STEP = re.compile(r"<<\s*(\d+)\s*([-+*])\s*(\d+)\s*=\s*(\d+)\s*>>")
+_PROMPT = re.compile(r"(\d+)([-+*])(\d+)=")
+OPERATORS: Mapping[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+}
 
 
 @dataclass(frozen=True)
 class Calculator:
-    """Products, divided into those that are trained on and those that judge.
+    """Problems, divided into those that are trained on and those that judge.
 
     Attributes:
         train: prompts such as "12*7=".
@@ -74,11 +80,11 @@ class Calculator:
 
 
 def answer(prompt: str) -> str:
-    """The right response to a prompt; ValueError for one that is no product."""
+    """The right response to a prompt; ValueError for one that is no sum, difference or product."""
     found = _PROMPT.fullmatch(prompt)
     if not found:
-        raise ValueError(f"a calculator's prompt looks like '12*7=', got {prompt!r}")
-    return str(int(found[1]) * int(found[2]))
+        raise ValueError(f"a calculator's prompt looks like '12*7=', '12+7=' or '12-7=', got {prompt!r}")
+    return str(OPERATORS[found[2]](int(found[1]), int(found[3])))
 
 
 def products(first: int = 299, second: int = 4, *, held_out: float = 0.2, seed: int = 0) -> Calculator:
@@ -93,13 +99,34 @@ def products(first: int = 299, second: int = 4, *, held_out: float = 0.2, seed: 
     return divided(problems, held_out=held_out, seed=seed)
 
 
-def gsm8k(path: str | Path, *, held_out: float = 0.2, seed: int = 0) -> Calculator:
-    """The products among the calculator steps `<<a*b=c>>` in GSM8K's solutions; fractions are left out.
+def gsm8k(
+    path: str | Path,
+    *,
+    held_out: float = 0.2,
+    seed: int = 0,
+    operators: str = "*",
+    largest: int | None = None,
+) -> Calculator:
+    """The calculator steps `<<a*b=c>>` in GSM8K's solutions; fractions are left out, and wrong ones.
 
     Cobbe et al., 2021, arXiv:2110.14168.
+
+    Args:
+        path: GSM8K's train.jsonl, gzipped or not.
+        held_out: share of the problems that judge. seed: of the division.
+        operators: which steps are taken, of "+-*".
+        largest: of operands and results; None: any.
+
+    Raises:
+        ValueError: an operator is not among those, or the file has no such steps.
     """
-    text = read_text(path)
-    prompts = [f"{a}*{b}=" for a, b, c in _STEP.findall(text) if int(a) * int(b) == int(c)]
+    if not operators or set(operators) - OPERATORS.keys():
+        raise ValueError(f"operators are of {''.join(OPERATORS)!r}, got {operators!r}")
+    prompts = []
+    for first, sign, second, result in _STEP.findall(read_text(path)):
+        a, b, c = int(first), int(second), int(result)
+        if sign in operators and OPERATORS[sign](a, b) == c and (largest is None or max(a, b, c) <= largest):
+            prompts.append(f"{a}{sign}{b}=")
     if not prompts:
         raise ValueError(f"{path} has no calculator steps such as <<12*7=84>>. Is it GSM8K's train.jsonl?")
     return divided(prompts, held_out=held_out, seed=seed, name="gsm8k")

@@ -24,12 +24,15 @@ class Pair:
         chosen, rejected: the responses; whole dialogues where there is no prompt.
         prompt: what both respond to; may be empty.
         margin: by how much the chosen one is better, in units of the reward.
+        tokens: ids of prompt, chosen and rejected response where they were sampled, which their texts need
+            not give again. A response's stop token is there if it came to one; None: made of the texts.
     """
 
     chosen: str
     rejected: str
     prompt: str = ""
     margin: float = 0.0
+    tokens: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def read_labelled(path: str | Path) -> list[Labelled]:
 
 def read_examples(path: str | Path) -> list[Pair] | list[Labelled]:
     """What the first line holds, pairs or labelled texts; ValueError names the line that does not fit."""
-    for number, row in _rows(path):
+    for number, row in json_rows(path, EXPECTED):
         if "chosen" in row:
             return read_pairs(path)
         if "text" in row:
@@ -84,27 +87,41 @@ def split_examples(
     Raises:
         ValueError: the share leaves one side empty.
     """
-    groups: dict[Any, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(example.prompt or index, []).append(index)
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    members = list(groups.values())
-    held: set[int] = set()
+    train, judge = split_groups(
+        [example.prompt or index for index, example in enumerate(examples)], held_out, seed
+    )
+    return [examples[index] for index in train], [examples[index] for index in judge]
+
+
+def split_groups(groups: Sequence[Any], held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Places to train on and places to judge by, in order; those of one group stay together.
+
+    Raises:
+        ValueError: the share leaves one side empty.
+    """
+    members: dict[Any, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    order = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed)).tolist()
+    there, held = list(members.values()), set[int]()
     for place in order:
-        if len(held) >= round(len(examples) * held_out):
+        if len(held) >= round(len(groups) * held_out):
             break
-        held.update(members[place])
-    if not 0 < len(held) < len(examples):
+        held.update(there[place])
+    if not 0 < len(held) < len(groups):
         raise ValueError(
-            f"held_out={held_out} of {len(examples)} examples with {len(groups)} prompts leaves one side "
+            f"held_out={held_out} of {len(groups)} examples with {len(members)} prompts leaves one side "
             "empty. Choose a share inside (0, 1), or give more examples."
         )
-    train = [example for index, example in enumerate(examples) if index not in held]
-    return train, [examples[index] for index in sorted(held)]
+    return [index for index in range(len(groups)) if index not in held], sorted(held)
 
 
-def _rows(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """Line numbers from 1, and objects."""
+def json_rows(path: str | Path, expected: str) -> list[tuple[int, dict[str, Any]]]:
+    """Line numbers from 1, and the objects of a file of JSON lines, gzipped or not.
+
+    Raises:
+        ValueError: a line is no object; the text ends with what is `expected`.
+    """
     rows = []
     # Not splitlines(): it breaks at separators that JSON allows inside strings.
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -114,11 +131,11 @@ def _rows(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}, line {number}: no JSON: {error.msg} at column {error.colno}. {EXPECTED}"
+                f"{path}, line {number}: no JSON: {error.msg} at column {error.colno}. {expected}"
             ) from error
         if not isinstance(row, dict):
             raise ValueError(
-                f"{path}, line {number}: expected an object, got {type(row).__name__}. {EXPECTED}"
+                f"{path}, line {number}: expected an object, got {type(row).__name__}. {expected}"
             )
         rows.append((number, row))
     return rows
@@ -127,11 +144,14 @@ def _rows(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
 def _read(path: str | Path, kind: type[Example]) -> list[Example]:
     texts = ("chosen", "rejected") if kind is Pair else ("text",)
     found = []
-    for number, row in _rows(path):
+    for number, row in json_rows(path, EXPECTED):
         where = f"{path}, line {number}"
-        fields: dict[str, Any] = {name: _text(row, name, where) for name in texts}
+        tokens = _tokens(row, where) if kind is Pair else None
+        fields: dict[str, Any] = {name: _text(row, name, where, tokens is not None) for name in texts}
+        if tokens is not None:
+            fields["tokens"] = tokens
         if row.get("prompt") is not None:
-            fields["prompt"] = _text(row, "prompt", where)
+            fields["prompt"] = _text(row, "prompt", where, empty=True)
         if kind is Labelled or row.get("margin") is not None:
             name = "label" if kind is Labelled else "margin"
             fields[name] = _number(row, name, where)
@@ -139,12 +159,27 @@ def _read(path: str | Path, kind: type[Example]) -> list[Example]:
     return found
 
 
-def _text(row: dict[str, Any], name: str, where: str) -> str:
+def _tokens(row: dict[str, Any], where: str) -> tuple[tuple[int, ...], ...] | None:
+    """Of prompt, chosen and rejected; None where the row has texts alone."""
+    names = [f"{name}_tokens" for name in ("prompt", "chosen", "rejected")]
+    if not any(name in row for name in names):
+        return None
+    for name in names:
+        ids = row.get(name)
+        if not isinstance(ids, list) or not ids or not all(type(id) is int and id >= 0 for id in ids):
+            raise ValueError(
+                f'{where}: "{name}" must be a list of token ids that is not empty, got {ids!r:.40}. Of '
+                "prompt_tokens, chosen_tokens and rejected_tokens a pair has all or none."
+            )
+    return tuple(tuple(row[name]) for name in names)
+
+
+def _text(row: dict[str, Any], name: str, where: str, empty: bool = False) -> str:
     if name not in row:
         raise ValueError(f'{where}: "{name}" is missing. {EXPECTED}')
     if not isinstance(row[name], str):
         raise ValueError(f'{where}: "{name}" must be a text, got {type(row[name]).__name__}. {EXPECTED}')
-    if not row[name] and name != "prompt":
+    if not row[name] and not empty:
         raise ValueError(f'{where}: "{name}" is empty. Leave the line out, or give it a text.')
     return row[name]
 

@@ -86,21 +86,32 @@ class RunLog:
         self, name: str, start: int, steps: int, show: bool
     ) -> Iterator[Callable[[Mapping[str, float]], None]]:
         """A bar on standard error with the time that is left; calls advance it. Closes the log at the end."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))  # fmt: skip
-        bar = Progress(*columns, console=Console(stderr=True), disable=not show)
         try:
-            with bar:
-                task = bar.add_task(name, total=steps, completed=start, figures="")
-
-                def advance(metrics: Mapping[str, float]) -> None:
-                    figures = "  ".join(f"{key} {metrics[key]:.3g}" for key in self.shown if key in metrics)
-                    bar.update(task, advance=1, figures=figures)
-
+            with progress_bar(name, start, steps, show, self.shown) as advance:
                 yield advance
         finally:
             self.flush()
             self.close()
+
+
+@contextmanager
+def progress_bar(
+    name: str, start: int, total: int, show: bool, shown: Sequence[str] = ()
+) -> Iterator[Callable[..., None]]:
+    """A bar on standard error with the time that is left: `advance(metrics, by=1)` moves it.
+
+    `shown` are the metrics that stand beside it.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task = bar.add_task(name, total=total, completed=start, figures="")
+
+        def advance(metrics: Mapping[str, float], by: int = 1) -> None:
+            figures = "  ".join(f"{key} {metrics[key]:.3g}" for key in shown if key in metrics)
+            bar.update(task, advance=by, figures=figures)
+
+        yield advance
 
 
 def _number(value: Any) -> Any:

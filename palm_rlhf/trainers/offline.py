@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from palm_rlhf.algorithms.offline_table import PairAlgorithm, Scores
 from palm_rlhf.algorithms.preferences import pair_accuracy
-from palm_rlhf.generation import left_padded
 from palm_rlhf.models.packing import set_packed
 from palm_rlhf.models.value import Policy, set_dropout
 from palm_rlhf.tasks.pairs import Pair
@@ -171,23 +170,19 @@ class OfflineTrainer(PassesTrainer):
 
     @forward_pass
     def _summed(self, policy: Policy, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
-        """[B]: log-probabilities of responses after their prompts, which meet in one column."""
-        tokens, mask = left_padded(prompts, self.pad)
-        lengths = torch.tensor([len(response) for response in responses])
-        real = torch.arange(int(lengths.max())) < lengths[:, None]
-        right = torch.full(real.shape, self.pad)
-        right[real] = torch.tensor([token for response in responses for token in response])
-        device = policy.model.device
-        whole, there = torch.cat([tokens, right], 1).to(device), torch.cat([mask, real], 1).to(device)
-        return policy(whole, there, tokens.shape[1], self.config.temperature)[0].sum(1)
+        """[B]: log-probabilities of responses after their prompts, at the temperature of the sampler."""
+        return policy.response_logprob(prompts, responses, self.pad, self.config.temperature)
 
     def _tokens(self, pairs: Sequence[Pair], tokenizer: Tokenizer, first: int = 0) -> list[_Row]:
         end = [self.stop] if self.config.stop else []
         split = []
         for pair in pairs:
-            prompt = prompt_ids(tokenizer, pair.prompt)
-            both = [tokenizer.encode(text) for text in (pair.chosen, pair.rejected)]
-            both = [[*response, *end] for response in both]
+            if pair.tokens is not None:
+                prompt, *both = map(list, pair.tokens)
+            else:
+                prompt = prompt_ids(tokenizer, pair.prompt)
+                both = [tokenizer.encode(text) for text in (pair.chosen, pair.rejected)]
+                both = [[*response, *end] for response in both]
             if not prompt:
                 # A text follows the end of another; what both dialogues begin with is what they respond to.
                 same = _common(*both)

@@ -29,8 +29,9 @@ def test_the_answer_is_the_product_and_nothing_else_is_rewarded():
     task = products(3, 3)
     assert all(task.reward(prompt, response) == 1 for prompt, response in task.solved)
     assert [task.reward("12*7=", response) for response in ("84", "084", "84 ", "83", "")] == [1, 0, 0, 0, 0]
-    with pytest.raises(ValueError, match=r"looks like '12\*7=', got '12\+7='"):
-        answer("12+7=")
+    assert [answer(prompt) for prompt in ("12+7=", "12-7=", "7-12=")] == ["19", "5", "-5"]
+    with pytest.raises(ValueError, match=r"looks like '12\*7=', '12\+7=' or '12-7=', got '12/7='"):
+        answer("12/7=")
 
 
 def test_gsm8k_gives_the_right_products_of_its_steps(tmp_path):
@@ -49,6 +50,16 @@ def test_gsm8k_gives_the_right_products_of_its_steps(tmp_path):
     path.write_text("nothing of that kind")
     with pytest.raises(ValueError, match="has no calculator steps"):
         gsm8k(path)
+
+
+def test_steps_of_other_kinds_up_to_a_bound(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("<<1+1=2>> <<12-7=5>> <<40+60=100>> <<99-98=1>> <<7-12=5>> <<3*4=12>> <<2+0.5=2.5>>")
+    task = gsm8k(path, held_out=0.34, operators="+-", largest=99)
+    assert sorted((*task.train, *task.held_out)) == ["1+1=", "12-7=", "99-98="]
+    for operators in ("", "+/"):
+        with pytest.raises(ValueError, match="operators are of"):
+            gsm8k(path, operators=operators)
 
 
 def test_gsm8k_as_it_is():

@@ -1,0 +1,138 @@
+"""What the commands of the pipeline share: flags of prompts and of scores, and how a stage ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from palm_rlhf.commands.common import (
+    FACTORS,
+    device,
+    hf_name,
+    kept_tokenizer,
+    load_function,
+    make_task,
+    metadata,
+    weights_file,
+)
+from palm_rlhf.pipeline.files import digest, version
+from palm_rlhf.pipeline.sampling import read_prompts
+from palm_rlhf.pipeline.scoring import ClassifierScorer, RewardModelScorer, RuleScorer, Scorer
+from palm_rlhf.rewards import ModelReward, ProgrammaticReward, load_reward_model
+
+
+@dataclass
+class Prompts:
+    """Where prompts come from: one of three."""
+
+    prompts_file: Path | None = None
+    """Prompts: a text file with one a line, or JSON lines with "prompt" or "messages"."""
+    task: Literal["calculator"] | None = None
+    """Prompts of this task instead: those that it trains on."""
+    gsm8k: Path | None = None
+    """Instead: the products among the calculator steps in GSM8K's train.jsonl."""
+    factors: tuple[int, int] = FACTORS
+    """Largest first and second factor in --task calculator."""
+    held_out: bool = False
+    """The task's held-out prompts, not those that it trains on."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the prompts depend on, for a stage's config."""
+        if self.prompts_file is not None:
+            return {"prompts": digest(self.prompts_file)}
+        problems = self.factors if self.gsm8k is None else digest(self.gsm8k)
+        return {"prompts": [self.task or "gsm8k", problems, "held out" if self.held_out else "train"]}
+
+    def dialogues(self) -> list[list[dict[str, str]]]:
+        """All prompts as dialogues; ValueError where none or two sources are given."""
+        task = make_task(self.task, self.gsm8k, self.factors)
+        if (task is None) == (self.prompts_file is None):
+            raise ValueError(
+                "give one kind of prompts: --prompts-file FILE, --task calculator, or --gsm8k FILE"
+            )
+        if task is None:
+            return read_prompts(self.prompts_file)
+        texts = task.held_out if self.held_out else task.train
+        return [[{"role": "user", "content": text}] for text in texts]
+
+
+@dataclass
+class Scores:
+    """What scores responses: one of three."""
+
+    reward: str | None = None
+    """FILE.py:function, called with the texts of a prompt and a response; or lexicon:, sentiment:, matches:,
+    lacks:, words:, characters:, run: or hf:, as palm-rlhf --help says."""
+    reward_model: str | None = None
+    """Run of palm-rlhf reward, or a sequence-classification model of transformers: its folder, or hf:NAME."""
+    rule: Literal["calculator"] | None = None
+    """1 for the right answer of this task, else 0."""
+    label: str | None = None
+    """Name or index of the good label, where the --reward-model has several: scores are its log-odds."""
+    max_text_tokens: int | None = None
+    """A text loses its beginning to fit a --reward-model of Hugging Face; default: what the model allows."""
+
+    def given(self) -> bool:
+        """Whether any is named."""
+        return any((self.reward, self.reward_model, self.rule))
+
+    def identity(self) -> dict[str, Any]:
+        """What scores depend on, for a stage's config."""
+        found: dict[str, Any] = {"reward": self.reward, "rule": self.rule, "reward_model": self.reward_model}
+        if self.reward is not None:
+            there = [Path(part) for part in self.reward.split(":") if Path(part).exists()]
+            found["reward_version"] = [digest(p) if p.is_file() else version(p) for p in there]
+        if self.reward_model is not None:
+            found |= {"reward_version": version(self.reward_model), "label": self.label}
+            found["max_text_tokens"] = self.max_text_tokens
+        return found
+
+    def scorer(self, sampled_with: str, on: str | None) -> Scorer:
+        """The one that is named; ValueError where none or two are.
+
+        Args:
+            sampled_with: identity of the tokenizer that the responses' tokens are of.
+            on: device by name.
+        """
+        if sum(x is not None for x in (self.reward, self.reward_model, self.rule)) != 1:
+            raise ValueError(
+                "give one thing that scores: --reward FILE.py:function, --reward-model RUN, or "
+                "--rule calculator"
+            )
+        if self.rule is not None:
+            from palm_rlhf.tasks.calculator import Calculator
+
+            return RuleScorer(ProgrammaticReward(Calculator.reward, on="tokens"))
+        kind, _, what = (self.reward or "").partition(":")
+        if self.reward_model is None and kind not in ("run", "hf"):
+            return RuleScorer(ProgrammaticReward(load_function(self.reward), on="tokens"))
+        name, _, label = (what if kind != "hf" else self.reward).partition("@")
+        return self._model(self.reward_model or name, label or self.label, sampled_with, on)
+
+    def _model(self, name: str, label: str | None, sampled_with: str, on: str | None) -> Scorer:
+        foreign = hf_name(Path(name))
+        if foreign is not None:
+            from palm_rlhf.rewards.classifier import Classifier
+
+            return ClassifierScorer(
+                Classifier(foreign, label=label, device=device(on), max_tokens=self.max_text_tokens)
+            )
+        file = weights_file(Path(name))
+        model = load_reward_model(file, device=device(on)).requires_grad_(False)
+        kept = metadata(file)
+        if "tokenizer" not in kept:
+            raise ValueError(f"{file} does not say what its tokens are: it is not of palm-rlhf reward")
+        chat = {"chat": kept.get("chat", False), "system": kept.get("system")}
+        tokenizer = kept_tokenizer(kept, file, **chat)
+        return RewardModelScorer(
+            ModelReward(model), tokenizer, kept.get("stop", tokenizer.stop), sampled_with
+        )
+
+
+def concluded(summary: Mapping[str, Any], as_json: bool, lines: list[str]) -> int:
+    """Says how a stage ended: as one JSON object, or in these lines; the exit code."""
+    print(json.dumps(summary) if as_json else "\n".join(lines))
+    return 0

@@ -1,0 +1,72 @@
+"""A run as a row of models: what it began with, its checkpoints, and its result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palm_rlhf.commands.common import ACTOR, HF_MODEL, WEIGHTS, HFOptions, Loaded, load_model
+from palm_rlhf.commands.train import CRITIC
+from palm_rlhf.models.checkpoint import CheckpointError, read_tensors, unshared
+from palm_rlhf.trainers.checkpoints import Checkpoints
+
+POLICY = "policy.safetensors"
+
+
+def models_of_run(folder: Path) -> list[Path]:
+    """Start, checkpoints and result of a `palm-rlhf train` run, in order; the result once.
+
+    Raises:
+        ValueError: the folder is no such run, or has nothing yet.
+    """
+    start = Path(_config(folder)["model"])
+    steps = Checkpoints(folder / "checkpoints").all()
+    if not steps:
+        raise CheckpointError(f"{folder} has no checkpoints: there is nothing to compare {start} with")
+    # The last checkpoint of a finished run is its result.
+    finished = (folder / WEIGHTS).is_file() or (folder / HF_MODEL).is_dir()
+    return [start, *(steps[:-1] if finished else steps), *([folder] if finished else [])]
+
+
+def load_any(
+    path: Path, *, tokenizer: str | None = None, on: str | None = None, hf: HFOptions | None = None
+) -> Loaded:
+    """A model as `load_model` finds it, or the policy of a checkpoint with its adapters merged.
+
+    Raises:
+        ValueError: it cannot be read; a checkpoint's run tells what it began with, which is read as well.
+    """
+    if not (path / POLICY).is_file():
+        return load_model(path, tokenizer=tokenizer, on=on, hf=hf)
+    config = _config(path.parent.parent)
+    loaded = load_model(Path(config["model"]), tokenizer=tokenizer, on=on, hf=hf)
+    model, (tensors, _) = loaded.model, read_tensors(path / POLICY)
+    scopes = [scope for scope in (ACTOR, CRITIC) if any(f".{scope}." in name for name in tensors)]
+    for scope in scopes:
+        model.add_finetune_params(
+            scope, config["lora_r"], tuple(config["lora_targets"]), config["last_layers"]
+        )
+    own = unshared(model)
+    if odd := sorted(own.keys() ^ tensors.keys()):
+        raise CheckpointError(f"{path} does not fit {config['model']}: {odd[0]} is on one side only")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    for scope in scopes:
+        (model.merge_finetune_params if scope == ACTOR else model.remove_finetune_params)(scope)
+    return loaded
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What a run that began with a model was called with."""
+    try:
+        found = json.loads((folder / "config.json").read_bytes())
+        start = found["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is no run of palm-rlhf train") from error
+    if not start:
+        raise CheckpointError(f"the run {folder} began with no model, so that there is none to compare with")
+    return found
