@@ -126,11 +126,21 @@ def test_baselines_agree(monkeypatch):
 
 
 LOAD_ALL = """
+import torch
+import rlhf_kernels
 from rlhf_kernels import stacks
 stacks.activate()
+torch.manual_seed(0)
+log_ratio, rewards, values = 0.3 * torch.randn(4, 50), torch.randn(4, 50), torch.randn(4, 50)
+options = {"done": torch.rand(4, 50) < 0.1, "next_value": torch.randn(4), "gamma": 0.9}
 for peer in stacks.peers():
     if peer.version() is not None:
         assert callable(peer.load()), peer
+    if peer.version() is not None and peer.stack == "torchrl":
+        given = (log_ratio, rewards, values)[peer.op != "vtrace" :]
+        more = options | ({"rho_clip": 1.3} if peer.op == "vtrace" else {"lam": 0.7})
+        ours = getattr(rlhf_kernels, peer.op)(*given, **more)
+        torch.testing.assert_close(peer.load()(*given, **more), ours, rtol=1e-4, atol=1e-5)
 """
 
 
