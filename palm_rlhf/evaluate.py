@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,8 +59,20 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, len(values))
 
 
+def distinct(texts: Iterable[str], n: int = 2) -> float:
+    """Distinct-n (Li et al., 2016, arXiv:1510.03055): share of different ones among all n-grams of words.
+
+    It falls the more text there is: compare equal amounts (`first_words`). NaN where there is no n-gram.
+    """
+    grams: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        words = text.split()
+        grams.update(zip(*(words[i:] for i in range(n))))
+    return len(grams) / grams.total() if grams else math.nan
+
+
 def first_words(texts: Iterable[str], words: int) -> Iterator[str]:
-    """The texts up to so many words over all: `tasks.sentiment.distinct` falls the more there are."""
+    """The texts up to so many words over all."""
     for text in texts:
         parts = text.split()[:words]
         words -= len(parts)

@@ -21,7 +21,6 @@ from palm_rlhf.pipeline.chat import load_template, talking
 from palm_rlhf.pipeline.sampling import ModelSampler, SamplingOptions, select
 from palm_rlhf.pipeline.scoring import Scorer, finite
 from palm_rlhf.tasks.pairs import read_pairs
-from palm_rlhf.tasks.sentiment import distinct
 from palm_rlhf.tasks.text import read_lines, read_text
 from palm_rlhf.tokens import identity
 from palm_rlhf.trainers.log import progress_bar
@@ -223,7 +222,7 @@ class _Comparison:
         words = min(map(evaluate.word_count, texts), default=0)
         for entry, own in zip(models, texts):
             counted = list(evaluate.first_words(own, words))
-            entry |= {f"distinct_{n}": distinct(counted, n) for n in (1, 2)} | {"words": words}
+            entry |= {f"distinct_{n}": evaluate.distinct(counted, n) for n in (1, 2)} | {"words": words}
 
 
 def _write(

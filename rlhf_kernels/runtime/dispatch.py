@@ -192,7 +192,10 @@ class Op:
             return f"{self.name} has no {name} kernel"
         if reason := unavailable(name, device):
             return reason
-        check = getattr(self.module(name), "unsupported", None)
+        try:
+            check = getattr(self.module(name), "unsupported", None)
+        except native.OutdatedError as error:
+            return str(error)
         return check(device, dtype, shape_class) if check else None
 
     def choose(self, tensor: torch.Tensor, shape_class: Hashable = None) -> Any:

@@ -20,6 +20,10 @@ LIBRARIES = ("_C", "_C_cuda", "_host")
 _PACKAGE = Path(__file__).parent.parent
 
 
+class OutdatedError(ImportError):
+    """The compiled library is older than the source, and lacks an operator."""
+
+
 @cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     if name == "_C_cuda" and (reason := missing("_C")):
@@ -60,9 +64,18 @@ def operator(name: str) -> Any:
     """The raw callable of a native operator; the caller has checked `missing`.
 
     OpOverload.__call__ only forwards to `_op`, at 0.2 us a call.
+
+    Raises:
+        OutdatedError: the library has no such operator.
     """
     if reason := missing("_C"):
         raise RuntimeError(f"native kernels are not available: {reason}")
     _load("_C_cuda")
-    overload = getattr(torch.ops.rlhf_kernels_native, name).default
+    try:
+        overload = getattr(torch.ops.rlhf_kernels_native, name).default
+    except AttributeError:
+        remedy = "rebuild it: pip install --no-build-isolation -e ."
+        raise OutdatedError(
+            f"the compiled library has no {name}, it is older than this source: {remedy}"
+        ) from None
     return getattr(overload, "_op", overload)

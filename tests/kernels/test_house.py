@@ -105,6 +105,26 @@ def test_without_native_library_it_works_and_says_so():
     assert error.count("FallbackWarning: swiglu on cpu runs on the torch backend") == 1
 
 
+OUTDATED = """
+import torch
+from rlhf_kernels.runtime import native
+class Old:
+    def __getattr__(self, name):
+        raise AttributeError(name)
+torch.ops.__dict__["rlhf_kernels_native"] = Old()
+"""
+
+
+def test_a_library_older_than_the_source_says_so():
+    if reason := native.missing("_C"):
+        pytest.skip(reason)
+    status, out, error = _python(OUTDATED + CALL + "print(rk.explain('swiglu'))")
+    assert status == 0, error
+    assert "torch (native: the compiled library has no swiglu" in out
+    assert "it is older than this source: rebuild it" in error
+    assert error.count("FallbackWarning: swiglu on cpu runs on the torch backend") == 1
+
+
 def test_import_needs_torch_alone_and_is_quick(tmp_path):
     code = """
 import sys, time

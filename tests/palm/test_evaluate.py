@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from palm_rlhf.evaluate import (
+    distinct,
     draw,
     first_words,
     judged_win_rate,
@@ -22,7 +23,6 @@ from palm_rlhf.pipeline import ModelSampler, SamplingOptions, load_template, sel
 from palm_rlhf.pipeline.scoring import RuleScorer
 from palm_rlhf.rewards import ProgrammaticReward
 from palm_rlhf.tasks.pairs import Pair
-from palm_rlhf.tasks.sentiment import distinct
 from palm_rlhf.tokens import ByteTokenizer
 from tests.palm.command_line import called, make_inputs, refused
 

@@ -64,6 +64,7 @@ def vtrace(
 ) -> tuple[Tensor, Tensor]:
     """Targets and advantages at real steps, 0 at the others."""
     real, ends, value = _given(values, mask, done, next_value)
+    ends = ends & real
     target, targets, advantages = value, [], []
     for t in reversed(range(values.shape[1])):
         ratio = torch.where(real[:, t], log_ratio[:, t], 0).exp()
