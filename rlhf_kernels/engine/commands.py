@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -118,11 +119,23 @@ def list_ops(args: argparse.Namespace) -> int:
 
 
 def _described(spec: OpSpec) -> dict[str, Any]:
-    cases = [dataclasses.asdict(c) | {"dtypes": [dtype_name(d) for d in c.dtypes]} for c in spec.cases]
+    cases = [
+        dataclasses.asdict(c)
+        | {
+            "dtypes": [dtype_name(d) for d in c.dtypes],
+            "options": {k: _plain(v) for k, v in c.options.items()},
+        }
+        for c in spec.cases
+    ]
     return {
         "op": spec.name, "family": spec.family, "summary": spec.summary, "backends": spec.op.declared(),
         "directions": spec.directions, "implementations": names(spec), "cases": cases,
     }  # fmt: skip
+
+
+def _plain(option: Any) -> Any:
+    """An option as JSON has it: NaN and infinities as words."""
+    return str(option) if isinstance(option, float) and not math.isfinite(option) else option
 
 
 def check(args: argparse.Namespace) -> int:

@@ -136,6 +136,10 @@ def test_list(run):
     assert {"native", "triton", "torch"} <= set(op["backends"])
     assert "torch.compile" in op["implementations"]
     assert "| swiglu | " in run("list", *SWIGLU)[1]
+    code, out, _ = run("list", "--json")
+    assert code == 0
+    found = {op["op"]: {case["name"]: case["options"] for case in op["cases"]} for op in json.loads(out)}
+    assert found["gae"]["nan_masked_17x300"]["masked"] == "nan"
     assert "| small_64x512" in run("list", "swiglu", *SWIGLU)[1]
 
 
