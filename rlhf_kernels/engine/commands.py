@@ -119,14 +119,10 @@ def list_ops(args: argparse.Namespace) -> int:
 
 
 def _described(spec: OpSpec) -> dict[str, Any]:
-    cases = [
-        dataclasses.asdict(c)
-        | {
-            "dtypes": [dtype_name(d) for d in c.dtypes],
-            "options": {k: _plain(v) for k, v in c.options.items()},
-        }
-        for c in spec.cases
-    ]
+    cases = []
+    for case in spec.cases:
+        told = {"options": {name: _plain(option) for name, option in case.options.items()}}
+        cases.append(dataclasses.asdict(case) | told | {"dtypes": [dtype_name(d) for d in case.dtypes]})
     return {
         "op": spec.name, "family": spec.family, "summary": spec.summary, "backends": spec.op.declared(),
         "directions": spec.directions, "implementations": names(spec), "cases": cases,
@@ -170,7 +166,7 @@ def bench(args: argparse.Namespace) -> int:
     """
     check_out(args)
     specs = specs_of(args)
-    place = _place(args, seconds=2.0, threads=1)
+    place = _place(args, seconds=1.0, threads=1)
     known = dict.fromkeys(name for spec in specs for name in names(spec))
     wanted = select.known("implementation", args.backend, known)
     (baseline,) = select.known("implementation", [args.baseline], known)
