@@ -102,6 +102,11 @@ class Comparison:
     processes: tuple[int, int] = (0, 0)
     figures: dict[str, tuple[int, int]] = field(default_factory=dict)
 
+    @property
+    def changed(self) -> bool:
+        """Whether the change exceeds the floor, called or not."""
+        return self.ratio is not None and max(self.ratio, 1 / self.ratio) - 1 > self.floor
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
@@ -284,18 +289,17 @@ def _judge(rows: list[Comparison], gate: Gate) -> None:
         low, high = row.ratio_ci
         change = max(row.ratio, 1 / row.ratio) - 1
         statistical = p <= gate.level and not low <= 1 <= high
-        practical = change > row.floor
         absolute = abs(row.ratio - 1) * row.base_us > gate.absolute_us
         within = 1 / (1 + row.floor) <= low and high <= 1 + row.floor
-        if statistical and practical and absolute:
+        if statistical and row.changed and absolute:
             row.verdict = "slower" if row.ratio > 1 else "faster"
         elif row.floor > gate.least and row.floor >= gate.blind:
             row.reason = f"noise alone makes up to {row.floor:.0%}"
         elif within and min(row.processes) > 1:
             row.verdict = "same"
-        elif practical and not absolute and statistical:
+        elif row.changed and not absolute and statistical:
             row.verdict, row.reason = "same", f"a change below {gate.absolute_us} us"
-        elif practical:
+        elif row.changed:
             row.reason = f"a change of {change:.0%}, but p = {p:.2g} with {min(row.processes)} processes"
         else:
             row.reason = f"the interval goes beyond the floor of {row.floor:.0%}"
