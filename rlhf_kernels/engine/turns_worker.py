@@ -50,7 +50,8 @@ class Side:
         self.one: known.Implementation | None = None
         self.direction = ""
         self.earlier: list[Any] = []  # places that the data lay in before
-        self.waiting = _waiting()
+        # Of several threads the others may compute while this one waits.
+        self.waiting = _waiting() if threads == 1 else float
 
     def hello(self) -> dict[str, Any]:
         """Which machine this is, and the files of all that was imported from outside of this Python."""

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 COUNTED = """
@@ -16,16 +18,17 @@ from rlhf_kernels.engine.spec import load_specs
 import trust_ops.kernel_native as kernel
 
 spec = load_specs("trust_ops.spec")["trust_passes"]
-for case in spec.cases:
+for case in spec.cases[:2]:
     assert {row.status for row in check_case(spec, case, torch.float32, "native")} == {"ok"}
 seen = []
 whole = kernel.swiglu
 kernel.swiglu = lambda block: seen.append(block.shape[0]) or whole(block)
-for case in spec.cases:
+for case in spec.cases[:3]:
     args = spec.make(case, torch.float32, torch.Generator().manual_seed(0), torch.device("cpu")).args
-    kernel.forward(**args)
-    print(len(seen), sum(seen))
-    seen.clear()
+    for kernel._PLANTED in (kernel._PLANTED, False):
+        kernel.forward(**args)
+        print(len(seen), sum(seen))
+        seen.clear()
 """
 
 
@@ -33,26 +36,43 @@ def test_slow_downs_are_more_passes_over_as_many_rows():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(BENCHMARKS), str(BENCHMARKS.parent)))}
     done = subprocess.run(
         [sys.executable, "-c", COUNTED],
-        env=environment | {"TRUST_EXTRA": "5"},
+        env=environment | {"TRUST_PLANTED": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["105", str(105 * 16), "105", str(105 * 64)]
+    expected = [(103, 16), (100, 16), (103, 64), (100, 64), (105, 16), (100, 16)]
+    assert [int(word) for word in done.stdout.split()] == [n for k, rows in expected for n in (k, k * rows)]
 
 
-def test_summary_counts_verdicts(tmp_path, capsys):
+@pytest.fixture
+def trust(monkeypatch):
+    """The study's script as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("trust", BENCHMARKS / "trust.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_summary_counts_verdicts(trust, tmp_path, capsys):
     path = tmp_path / "trust.jsonl"
     row = {"op": "op", "case": "a", "verdict": "same", "ratio": 1.0}
+    slow = row | {"case": "cached_16x512_5", "verdict": "slower"}
     lines = [
-        {"level": 0, "load": "busy", "rows": [row, row, row, row | {"verdict": "slower"}]},
-        {"level": 5, "load": "busy", "rows": [row | {"verdict": "slower"}]},
+        {"what": "same", "load": "busy", "rows": [row, row, row, row | {"verdict": "slower"}]},
+        {"what": "planted", "load": "busy", "rows": [slow]},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    spec = importlib.util.spec_from_file_location("trust", BENCHMARKS / "trust.py")
-    trust = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(trust)
     trust.summary(path)
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert ["same", "busy", "", "1", "", "", "3", "25.0%"] in cells
-    assert ["planted 5 %", "busy", "a", "1", "", "", "", "100.0%"] in cells
+    none = ["0", "0", "0"]
+    assert ["the same code", "busy", "4", "0", "1", "0", "0", "3", "25.0%", "0.6% to 80.6%"] in cells
+    assert ["5 % planted, in the cache", "busy", "1", "0", "1", *none, "100.0%", "2.5% to 100.0%"] in cells
+
+
+def test_intervals_of_shares(trust):
+    # Clopper and Pearson's closed forms at the ends, and a value of their table.
+    assert trust.shares(0, 200) == pytest.approx((0, 1 - 0.025 ** (1 / 200)))
+    assert trust.shares(20, 20) == pytest.approx((0.025 ** (1 / 20), 1))
+    assert trust.shares(3, 10) == pytest.approx((0.0667, 0.6525), abs=1e-4)
