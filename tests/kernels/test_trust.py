@@ -20,12 +20,13 @@ import trust_ops.kernel_native as kernel
 spec = load_specs("trust_ops.spec")["trust_passes"]
 for case in spec.cases[:2]:
     assert {row.status for row in check_case(spec, case, torch.float32, "native")} == {"ok"}
+assert kernel._PLANTED, "the variable says so"
 seen = []
 whole = kernel.swiglu
 kernel.swiglu = lambda block: seen.append(block.shape[0]) or whole(block)
 for case in spec.cases[:3]:
     args = spec.make(case, torch.float32, torch.Generator().manual_seed(0), torch.device("cpu")).args
-    for kernel._PLANTED in (kernel._PLANTED, False):
+    for kernel._PLANTED in (True, False):
         kernel.forward(**args)
         print(len(seen), sum(seen))
         seen.clear()
