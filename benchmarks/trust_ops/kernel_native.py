@@ -12,8 +12,8 @@ _PLANTED = os.environ.get("TRUST_PLANTED") == "1"
 
 def forward(x: torch.Tensor, walk: bool, extra: int) -> torch.Tensor:
     """See trust_ops.trust_passes."""
-    todo = trust_ops.blocks(x, walk)
+    todo = trust_ops.blocks(x, walk, trust_ops.PASSES + (extra if _PLANTED else 0))
     out = swiglu(todo[0])
-    for block in todo[1:] + todo[: extra if _PLANTED else 0]:
+    for block in todo[1:]:
         swiglu(block)
     return out
