@@ -48,7 +48,7 @@ def how(report: Report) -> str:
     gate = report.gate
     return (
         "A change is called where its 95 % interval and a rank test over processes "
-        f"(level {gate.level:g} for all rows together) say so, and it exceeds the row's noise floor and "
+        f"(level {gate.level:.2g} for all rows together) say so, and it exceeds the row's noise floor and "
         f"{gate.absolute_us:g} us."
     )
 

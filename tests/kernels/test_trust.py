@@ -42,7 +42,7 @@ def test_slow_downs_are_more_passes_over_as_many_rows():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    # Cached and walking by 3 %, cached by 5 %, each planted and not; one more pass walks through other memory.
+    # Cached, walking by 3 %, cached by 5 %, planted and not; a pass more walks through other memory.
     expected = [(103, 16, 1), (100, 16, 1), (103, 64, 103), (100, 64, 100), (105, 16, 1), (100, 16, 1)]
     lines = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert lines == [(passes, passes * rows, places) for passes, rows, places in expected]
