@@ -147,7 +147,7 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
             yield path, True
         else:
             raise UsageError(
-                f"{path} does not exist: expected a result file or a directory of them (ops are named by --op)"
+                f"{path} does not exist: expected a result file or a directory of such; --op names ops"
             )
 
 

@@ -1,5 +1,6 @@
 """What a measuring process of `regress` does between two samples, and what of a sample counts."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -48,12 +49,18 @@ def test_large_data_stays(side, monkeypatch):
     assert side.judge.inputs.args["x"] is x
 
 
-def test_waiting_for_a_core_does_not_count(side, monkeypatch):
-    waits = iter([1.0, 1.5] * 3)  # it may be interrupted here as well
-    monkeypatch.setattr(side, "waiting", lambda: next(waits))
+@pytest.mark.parametrize(
+    ("waited", "own", "counts"),
+    [(0.5, 1.4, 1.5), (0.0, 0.1, 2.0), (2.5, 0.1, 0.1), (0.1, 2.1, 2.0)],
+    ids=["in the middle", "slept", "before the clock", "not at all"],
+)
+def test_waiting_for_a_core_does_not_count(side, monkeypatch, waited, own, counts):
+    tell, processor = itertools.cycle([1.0, 1.0 + waited]), itertools.cycle([7.0, 7.0 + own])
+    monkeypatch.setattr(side, "waiting", lambda: next(tell))
+    monkeypatch.setattr(turns_worker.time, "thread_time", lambda: next(processor))
     monkeypatch.setattr(side, "contender", turns_worker.Contender("one", lambda: None))
     monkeypatch.setattr(side.clock, "sample", lambda contender: 2.0)
-    assert side.sample(1) == {"seconds": 1.5}
+    assert side.sample(1)["seconds"] == pytest.approx(counts)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/thread-self/schedstat"), reason="Linux tells")
