@@ -33,6 +33,7 @@ from rlhf_kernels.engine.bench import merged
 from rlhf_kernels.engine.budget.ledger import excess
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.store import Run
+from rlhf_kernels.engine.table import share
 from rlhf_kernels.runtime.dispatch import BACKENDS
 
 Verdict = Literal["faster", "slower", "same", "inconclusive", "missing"]
@@ -279,7 +280,7 @@ def _repeats(base: Series, gate: Gate) -> float:
         for row in base.rows
         if row.samples_us
     ]
-    return math.expm1(stats.repeat_limit(runs)) if len(runs) > 1 else gate.unknown
+    return math.expm1(min(stats.repeat_limit(runs), 700.0)) if len(runs) > 1 else gate.unknown
 
 
 def _judge(rows: list[Comparison], gate: Gate) -> None:
@@ -294,7 +295,7 @@ def _judge(rows: list[Comparison], gate: Gate) -> None:
         if statistical and row.changed and absolute:
             row.verdict = "slower" if row.ratio > 1 else "faster"
         elif row.floor > gate.least and row.floor >= gate.blind:
-            row.reason = f"noise alone makes up to {row.floor:.0%}"
+            row.reason = f"noise alone makes up to {share(row.floor)}"
         elif within and min(row.processes) > 1:
             row.verdict = "same"
         elif row.changed and not absolute and statistical:
@@ -302,7 +303,7 @@ def _judge(rows: list[Comparison], gate: Gate) -> None:
         elif row.changed:
             row.reason = f"a change of {change:.0%}, but p = {p:.2g} with {min(row.processes)} processes"
         else:
-            row.reason = f"the interval goes beyond the floor of {row.floor:.0%}"
+            row.reason = f"the interval goes beyond the floor of {share(row.floor)}"
 
 
 def _figures(row: Comparison, was: Row, head: Series | None) -> Comparison:
