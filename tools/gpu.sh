@@ -31,7 +31,7 @@ step build 0 180 env RLHF_KERNELS_REQUIRE_EXT=1 "$PYTHON" setup.py -q build_ext 
 step doctor 0 60 $kernels doctor
 step tests 1 200 sh -c "'$PYTHON' -m pytest -q -n 6 tests/kernels/test_gpu.py 2>&1 | tee '$OUT/tests.txt' | tail -n 25"
 step check 0 120 $kernels check --device $device --tier smoke --out "$OUT/check.jsonl" --quiet
-step tune 1 100 $kernels tune --device $device --out "$OUT/tune.jsonl" --quiet
+step tune 1 160 $kernels tune --device $device --out "$OUT/tune.jsonl" --quiet
 step bench 1 150 $kernels bench --device $device --tier typical --seconds 0.3 --out "$OUT/bench.jsonl"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

@@ -2,7 +2,8 @@
 
 Every candidate is checked before it is timed. All are timed side by side, then the best few once more beside
 the default, which always competes: another value wins only where the interval of its speed-up lies above
-`LEAST_GAIN`. The default is written down as well where it wins, so that a near shape finds it.
+`LEAST_GAIN`. The default is written down as well where it wins, so that a near shape finds it. A backend that
+is not the first choice on its device is then held, with its best values, against the one that is.
 `runtime.tuned` reads the answers back.
 """
 
@@ -111,15 +112,49 @@ class Tuner:
     limits: Limits = field(default_factory=Limits)
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Tunes the forward, then the backward with the best forward."""
+        """Tunes the forward, then the backward with the best forward, then holds it against the first choice.
+
+        Nothing where this backend cannot serve.
+        """
         judge = Judge(self.spec, self.case, self.dtype, self.device)
         held: list[tuned.Trial] = []
+        shape = None
         for function in tuned.FUNCTIONS[: len(judge.directions)]:
             own = [k for k in self.spec.knobs if k.backend == self.backend and function in k.functions]
             if own and hasattr(self.spec.op.module(self.backend), function):
                 outcome = self._tune(judge, function, candidates(own), held)
+                if not outcome.timings_us and not outcome.refused:
+                    return
                 held.append(self._trial(function, outcome.values))
+                shape = shape or outcome.shape
                 yield outcome
+        first = self.spec.op.backends(self.device.type)[0]
+        if (
+            held
+            and first != self.backend
+            and self.spec.op.unsupported(first, self.device.type, self.dtype) is None
+        ):
+            yield self._contest(judge, held, first, shape)
+
+    def _contest(self, judge: Judge, held: list[tuned.Trial], first: str, shape: tuned.ShapeClass) -> Outcome:
+        """Whether this backend is faster than the first choice, forward and with the backward."""
+        no, yes = {tuned.CHOSEN: 0}, {tuned.CHOSEN: 1}
+        names = (self.spec.name, self.backend, tuned.CHOICE, self.case.name, dtype_name(self.dtype))
+        outcome = Outcome(*names, yes, no, gain=float("inf"), shape=shape)
+        for direction in (FORWARD, BOTH)[: len(judge.directions)]:
+            contenders = []
+            for name, values, trials in ((first, no, ()), (self.backend, yes, held)):
+                context = self._holding(name, trials)
+                with context():
+                    call = call_of(Implementation(name, self.spec.function), judge, direction)
+                contenders.append(Contender(text(values), call, context))
+            samples = measure(contenders, self.clock, self.limits)
+            base, head = samples[text(no)], samples[text(yes)]
+            outcome.timings_us = {name: round(stats.median(s) * 1e6, 3) for name, s in samples.items()}
+            outcome.gain = min(outcome.gain, stats.median(base) / stats.median(head))
+            if stats.ratio_ci(base, head)[0] <= LEAST_GAIN:
+                outcome.values = no
+        return outcome
 
     def _tune(self, judge: Judge, function: str, options: list[Values], held: list[tuned.Trial]) -> Outcome:
         default = options[0]
@@ -148,11 +183,11 @@ class Tuner:
     def _fits(
         self, judge: Judge, function: str, values: Values, held: list[tuned.Trial], outcome: Outcome
     ) -> bool:
-        """Whether the kernel is right with these values; notes why not."""
+        """Whether the kernel is right with these values; notes why not, unless it cannot serve at all."""
         with self._trying(function, values, held)():
             rows = judge.rows(self.backend, self.spec.function, [function])
         bad = [row for row in rows if row.status != "ok"]
-        if bad:
+        if bad and bad[0].status != "unavailable":
             outcome.refused[text(values)] = f"{bad[0].status}: {bad[0].reason}"
         return not bad
 
@@ -175,13 +210,14 @@ class Tuner:
         self, function: str, values: Values, held: list[tuned.Trial]
     ) -> Callable[[], AbstractContextManager[None]]:
         """Holds the backend and the values; `held` are those of the functions tuned before."""
+        return self._holding(self.backend, (*held, self._trial(function, values)))
 
+    def _holding(
+        self, backend: str, trials: Sequence[tuned.Trial]
+    ) -> Callable[[], AbstractContextManager[None]]:
         @contextmanager
         def context() -> Iterator[None]:
-            with (
-                use_backend(f"{self.spec.name}={self.backend}", strict=True),
-                trial(*held, self._trial(function, values)),
-            ):
+            with use_backend(f"{self.spec.name}={backend}", strict=True), trial(*trials):
                 yield
 
         return context

@@ -1,8 +1,9 @@
 """Which backend runs an op, and why.
 
 An op names its backends in order of preference per device type. The first that is installed, supports the
-dtype and class of shapes, and is not overridden, is chosen once and remembered. Falling back from a better
-one warns once, with the reason and the remedy; RLHF_KERNELS_STRICT=1 makes it an error.
+dtype and class of shapes, and is not overridden, is chosen once and remembered; one that the tuned table says
+was measured to be faster goes before the others. Falling back from a better one warns once, with the reason
+and the remedy; RLHF_KERNELS_STRICT=1 makes it an error.
 
 `with backend("torch"):` or RLHF_KERNELS_BACKEND=torch override the choice, for one op with "gae=native".
 """
@@ -212,13 +213,19 @@ class Op:
         held = _override.get() or Override()
         wanted = dict(_environment()) | dict(held.backends)
         asked = wanted.get(self.name, wanted.get("*"))
-        preferred = [asked] if asked else []
-        order = preferred + [name for name in self.order.get(device, ("torch",)) if name not in preferred]
+        preferred, declared = [asked] if asked else [], self.order.get(device, ("torch",))
+        measured = [
+            name
+            for name in tuned.faster(self.name, declared, device, dtype, shape_class)
+            if self.unsupported(name, device, dtype, shape_class) is None
+        ]
+        order = list(dict.fromkeys((*preferred, *measured, *declared)))
         refused: list[str] = []
         for name in order:
             reason = self.unsupported(name, device, dtype, shape_class)
             if reason is None:
-                why = "asked for" if name == asked else "first choice here"
+                why = "measured to be faster here" if name in measured else "first choice here"
+                why = "asked for" if name == asked else why
                 if refused:
                     why = "; ".join(refused)
                     self._fell_back(name, device, why)

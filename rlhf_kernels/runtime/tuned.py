@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,8 @@ from rlhf_kernels.runtime.files import cache_directory
 
 SCHEMA = 1
 FUNCTIONS = ("forward", "backward")
+# An entry for no function: whether a backend was faster than the first choice, the value of CHOSEN.
+CHOICE, CHOSEN = "choice", "chosen"
 _REMEMBERED = 4096
 
 ShapeClass = tuple[int, int]
@@ -118,6 +120,24 @@ def classes(op: str, backend: str, function: str, device: str) -> dict[str, Clas
         ):
             found.setdefault(entry["dtype"], {})[tuple(entry["class"])] = entry["values"]
     return found
+
+
+def faster(
+    op: str, backends: Sequence[str], device: str, dtype: torch.dtype, columns: object
+) -> tuple[str, ...]:
+    """Those of the backends that were faster than the first choice wherever they were measured in this dtype.
+
+    `columns`: with so many, as a power of 2; None is any number, and whatever else was not measured.
+    """
+    if not isinstance(columns, int | None) or not _entries():
+        return ()
+    name, bits = str(dtype).removeprefix("torch."), columns and columns.bit_length()
+    found = []
+    for backend in backends:
+        known = classes(op, backend, CHOICE, device).get(name, {})
+        alike = [values[CHOSEN] for (_, cols), values in known.items() if bits in (None, cols)]
+        found += [backend] if alike and all(alike) else []
+    return tuple(found)
 
 
 def lookup(found: Classes, wanted: ShapeClass) -> tuple[Values, str]:

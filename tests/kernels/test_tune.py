@@ -48,6 +48,37 @@ def test_tune_finds_the_fast_value_and_refuses_the_wrong_one(planted_specs, own_
     assert kernel.forward._bound[torch.Size((2, 3)), torch.float32] is kernel.forward._function
 
 
+@needs_native
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_backend_goes_first_where_it_was_measured_to_be_faster(planted_specs, own_cache, monkeypatch, slow):
+    op = planted_specs["planted_double"].op
+    monkeypatch.setattr(op, "order", {"cpu": ("torch", "native")})
+    slowed = op.module("torch" if slow else "native")
+    fast = slowed.forward
+
+    def forward(x, **values):
+        for _ in range(40):
+            torch.exp(x)
+        return fast(x, **values)
+
+    monkeypatch.setattr(slowed, "forward", forward)
+    _, choice = _tuner(planted_specs).outcomes()
+    assert (choice.function, choice.values, choice.shape) == ("choice", {"chosen": int(slow)}, (9, 7))
+    assert (choice.gain > 1.02) == slow
+    tune.store(choice.entry("cpu", torch.get_num_threads()))
+    chosen = op.decide("cpu", torch.float32)
+    assert (chosen.backend, chosen.reason) == (
+        ("native", "measured to be faster here") if slow else ("torch", "first choice here")
+    )
+    assert op.decide("cpu", torch.bfloat16).backend == "torch"  # which was not measured
+    assert tuned.faster("planted_double", ("native",), "cpu", torch.float32, 64) == ("native",) * slow
+    assert tuned.faster("planted_double", ("native",), "cpu", torch.float32, 128) == ()
+    monkeypatch.setattr(op.module("native"), "unsupported", lambda *_: "not these", raising=False)
+    assert op.decide("cpu", torch.float32).backend == "torch"
+    op._chosen.clear()
+    assert list(_tuner(planted_specs).outcomes()) == []
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

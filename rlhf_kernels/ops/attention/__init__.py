@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.attention.arguments import TABLES, check_heads, checked_options
+from rlhf_kernels.ops.attention.arguments import TABLES, check_heads, checked_options, shape_class
 from rlhf_kernels.ops.attention.decode import decode_attention
 from rlhf_kernels.ops.attention.layout import new_like
 from rlhf_kernels.ops.attention.prefix import attention_prefix
@@ -19,7 +19,7 @@ from rlhf_kernels.runtime.library import Operator
 
 __all__ = ["attention", "attention_prefix", "attention_varlen", "decode_attention"]
 
-_OP = Op("attention", __name__, {"cpu": ("torch",), "cuda": ("triton", "torch")})
+_OP = Op("attention", __name__, {"cpu": ("torch",), "cuda": ("triton", "torch", "gluon")})
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ _attention = Operator(
     gradients=_gradients,
     replay=_replay,
     wrt=(0, 1, 2),
-    shape_class=lambda q, *_: q.shape[-1],
+    shape_class=shape_class,
 ).call
 
 

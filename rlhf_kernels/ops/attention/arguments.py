@@ -13,6 +13,26 @@ from rlhf_kernels.runtime.checks import floating, on, positive, shaped
 TABLES = "Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin"
 _NO_TABLES = (None, None, None, None)
 
+# What decides the backend besides device and dtype: the head size, followed, where there are any, by the
+# options that not every backend knows.
+ShapeClass = int | tuple[int | str, ...] | None
+
+
+def shape_class(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Any, scale: float, return_lse: bool,
+    window: Any = None, softcap: Any = None, q_cos: Any = None, *_: Any,
+) -> ShapeClass:  # fmt: skip
+    """That of one call, from the operator's arguments."""
+    if window is None and softcap is None and q_cos is None:
+        return q.shape[-1]
+    options = {"window": window, "softcap": softcap, "rotary": q_cos}
+    return (q.shape[-1], *(name for name, value in options.items() if value is not None))
+
+
+def head_size(shape_class: ShapeClass) -> int | None:
+    """The head size of a class, None where it is not said."""
+    return shape_class[0] if isinstance(shape_class, tuple) else shape_class
+
 
 def check_heads(op: str, q: Any, k: Any, v: Any, letters: str, key_letters: str) -> None:
     """TypeError or ValueError unless v is like k, and k like q but for its rows, and heads that divide q's.

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rlhf_kernels.ops.attention.arguments import ShapeClass, head_size
 from rlhf_kernels.ops.attention.layout import heads_inside, new_like
 from rlhf_kernels.ops.attention.triton_backward import key_gradient_kernel, query_gradient_kernel
 from rlhf_kernels.ops.attention.triton_config import HEAD_SIZES, Tile, chosen, serves, target_of, turns
@@ -44,17 +45,18 @@ class Options(NamedTuple):
     cu_seqlens_k: Tensor | None = None
 
 
-def unsupported(device: str, dtype: torch.dtype, head_size: int | None) -> str | None:
+def unsupported(device: str, dtype: torch.dtype, shape_class: ShapeClass) -> str | None:
     """Why these kernels cannot serve, or None."""
-    if device == "cuda" and head_size in HEAD_SIZES and not serves(dtype, head_size):
-        return f"heads of {head_size} in float32 are beyond the registers"
-    return refusal(dtype, head_size, HEAD_SIZES)
+    size = head_size(shape_class)
+    if device == "cuda" and size in HEAD_SIZES and not serves(dtype, size):
+        return f"heads of {size} in float32 are beyond the registers"
+    return refusal(dtype, size, HEAD_SIZES)
 
 
-def refusal(dtype: torch.dtype, head_size: int | None, sizes: tuple[int, ...]) -> str | None:
+def refusal(dtype: torch.dtype, size: int | None, sizes: tuple[int, ...]) -> str | None:
     """Why kernels for heads of these sizes cannot serve, or None."""
-    if head_size not in (None, *sizes):
-        return f"head size {head_size} is none of {', '.join(map(str, sizes))}"
+    if size not in (None, *sizes):
+        return f"head size {size} is none of {', '.join(map(str, sizes))}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there is no kernel for {str(dtype).removeprefix('torch.')}"
     return None
@@ -89,7 +91,7 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tens
     out = new_like(q)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     tile = _tile("forward", q, options)
-    shared = _Shared(q, k, options)
+    shared = Shared(q, k, options)
     tiles = shared.tiles(queries, tile.block_m)
     q_plan = _plan(options.cu_seqlens, queries, tile.block_m)
     k_plan = q_plan if options.cu_seqlens_k is None else _plan(options.cu_seqlens_k, keys, tile.block_m)
@@ -98,7 +100,7 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tens
         q, k, v, shared.key_mask, shared.span, *shared.tables, q_plan, k_plan, out, lse, *shared.factors,
         *_strides(q), *_strides(k), *_strides(v), *shared.strides, *_strides(out),
         batch * heads, heads, heads // groups, queries, keys, shared.window,
-        _heads_per_wave(batch * heads, k, heads // groups), queries, shared.n, tiles,
+        heads_per_wave(batch * heads, k, heads // groups), queries, shared.n, tiles,
         **shared.flags, **_meta(tile, q),
     )  # fmt: skip
     return out, lse
@@ -125,7 +127,7 @@ def run_backward(
     (batch, heads, queries, _), (groups, keys) = q.shape, k.shape[1:3]
     group_size = heads // groups
     dq, dk, dv = new_like(q), new_like(k), new_like(v)
-    shared = _Shared(q, k, options)
+    shared = Shared(q, k, options)
 
     tile, key_tile = (_tile(kernel, q, options) for kernel in ("query_gradient", "key_gradient"))
     pad, tiles = tile.block_m, shared.tiles(queries, tile.block_m)
@@ -141,7 +143,7 @@ def run_backward(
         dq, shift, delta, options.scale, *shared.factors,
         *_strides(q), *_strides(k), *_strides(v), *shared.strides, *_strides(out), *_strides(grad_out),
         *_strides(dq), pitch, batch * heads, heads, group_size, queries, keys, shared.window,
-        _heads_per_wave(batch * heads, k, group_size), queries, shared.n, tiles,
+        heads_per_wave(batch * heads, k, group_size), queries, shared.n, tiles,
         HAS_GRAD_LSE=grad_lse is not None, **shared.flags, **_meta(tile, q),
     )  # fmt: skip
     tiles = shared.tiles(keys, key_tile.block_n)
@@ -151,13 +153,13 @@ def run_backward(
         options.scale, *shared.factors,
         *_strides(q), *_strides(k), *_strides(v), *shared.strides, *_strides(grad_out), *_strides(dk),
         *_strides(dv), pitch, batch * groups, groups, group_size, queries, keys, shared.window,
-        _heads_per_wave(batch * groups, q, 1 / group_size), shared.n, tiles, pad,
+        heads_per_wave(batch * groups, q, 1 / group_size), shared.n, tiles, pad,
         **shared.flags, **_meta(key_tile, q),
     )  # fmt: skip
     return dq, dk, dv
 
 
-class _Shared:
+class Shared:
     """What the kernels of one call take alike.
 
     Attributes:
@@ -256,7 +258,7 @@ def _meta(tile: Tile, q: Tensor) -> dict[str, int | bool]:
     }
 
 
-def _heads_per_wave(heads: int, x: Tensor, sharing: float) -> int:
+def heads_per_wave(heads: int, x: Tensor, sharing: float) -> int:
     """How many heads run side by side; each reads two heads of x's size, which `sharing` of them read too."""
     bytes_per_head = 2 * x.shape[2] * x.shape[3] * x.element_size() / sharing
     return max(1, min(heads, int(L2_BYTES / max(1.0, bytes_per_head))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlhf_kernels.engine.spec import (
     Direction,
     Inputs,
     KernelBuild,
+    Knob,
     OpSpec,
     itemsize,
     randn,
@@ -28,7 +30,7 @@ from rlhf_kernels.ops.attention import (
     reference,
     varlen_spec,
 )
-from rlhf_kernels.ops.attention.builds import build
+from rlhf_kernels.ops.attention.builds import build, gluon_build
 from rlhf_kernels.ops.rotary import RotaryTables, rotary_tables
 
 HALF = (torch.bfloat16, torch.float16)
@@ -62,6 +64,9 @@ CASES = (
     _case("llama8b_4096", "4x32/8x4096x4096x128", "large", causal=True, dtypes=HALF,
           checked={"batch": (3,), "groups": (0, 7)}),
     _case("full_16384", "1x16/16x16384x16384x128", "large", dtypes=HALF, checked={"groups": (0, 15)}),
+    _case("ragged_64", "4x8/2x1000x1300x64", "large", causal=True, mask="random", return_lse=True,
+          dtypes=HALF, checked={"batch": (3,)}),
+    _case("ragged_128", "2x8/8x777x1111x128", "large", dtypes=HALF, checked={"groups": (0, 7)}),
     _case("more_keys", "1x4/2x45x75x32", "awkward", causal=True, dtypes=ALL_DTYPES),
     _case("more_queries", "1x2/1x75x45x32", "awkward", causal=True, dtypes=ALL_DTYPES),
     _case("full_ragged", "1x2/2x37x70x32", "awkward", return_lse=True),
@@ -194,6 +199,26 @@ def kernels() -> Iterator[KernelBuild]:
             for size in config.HEAD_SIZES:
                 for dtype, flags in _flags(target, size):
                     yield build(kernel, target, size, dtype, dict.fromkeys(flags, True))
+    yield from _gluon_kernels()
+
+
+def _gluon_kernels() -> Iterator[KernelBuild]:
+    """The usual flags with every value of the knobs, and fewer flags with the defaults."""
+    training = {"CAUSAL": True, "HAS_MASK": True}
+    for size in (64, 128):
+        for kernel in ("forward", "query_gradient", "key_gradient"):
+            for flags in (training, {"CAUSAL": True}, {"HAS_MASK": True}, {}):
+                yield gluon_build(kernel, size, "bf16", flags)
+            yield gluon_build(kernel, size, "fp16", training)
+        for block_n, pinned in itertools.product(*(knob.candidates for knob in KNOBS)):
+            if (block_n, pinned) != (128, 1):
+                yield gluon_build("forward", size, "bf16", training, block_n, pinned)
+
+
+KNOBS = (
+    Knob("block_n", "gluon", (128, 64), ("forward",)),
+    Knob("pinned", "gluon", (1, 0), ("forward",)),
+)
 
 
 def _flags(target: str, size: int) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -234,6 +259,7 @@ SPECS = (
         floor=4.0,  # the weights are recomputed from a log-sum-exp in float32: its last bits are theirs
         narrow=narrow,
         kernels=kernels,
+        knobs=KNOBS,
     ),
     varlen_spec.SPEC,
     prefix_spec.SPEC,
