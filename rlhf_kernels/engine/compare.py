@@ -108,6 +108,16 @@ class Comparison:
         """Whether the change exceeds the floor, called or not."""
         return self.ratio is not None and max(self.ratio, 1 / self.ratio) - 1 > self.floor
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether more processes may well call a change: it exceeds the floor, and two thirds of the interval
+        leave out 0, which happens once in five times where there is none."""
+        if self.verdict != "inconclusive" or not self.changed:
+            return False
+        middle = math.log(self.ratio)
+        nearest = math.log(self.ratio_ci[0] if middle > 0 else self.ratio_ci[1])
+        return abs(middle) > 2 / 3 * abs(middle - nearest)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)

@@ -76,7 +76,7 @@ class Regression:
         seconds: for the rounds of one target in one pair.
         gate: what counts as a change.
         rerun: doubles the pairs for every row without a verdict, twice at most. Else, unless `pairs` says how
-            many, only for those that changed by more than their floor, which the tests could not call yet.
+            many, only for doubtful ones, whose change more pairs may well call.
         build_command: see `revisions.build`.
     """
 
@@ -139,7 +139,7 @@ class Regression:
         rows = {
             (row.op, row.case, row.dtype, row.direction, row.impl)
             for row in self.report().rows
-            if row.verdict == "inconclusive" and (self.rerun or row.changed)
+            if row.doubtful or (self.rerun and row.verdict == "inconclusive")
         }
         return [target for target in self.targets if tuple(target) in rows]
 
