@@ -113,7 +113,8 @@ def _lines(path: Path) -> list[dict]:
 def summary(path: Path) -> None:
     """Verdicts by kind and load, and the share that is called, with its interval."""
     counts: dict[tuple[str, str], Counter] = {}
-    for line in _lines(path):
+    lines = _lines(path)
+    for line in lines:
         for row in line["rows"]:
             name = _NAMES[row["case"]] if line["what"] == "planted" else "the same code"
             counts.setdefault((name, line["load"]), Counter())[row["verdict"]] += 1
@@ -128,6 +129,16 @@ def summary(path: Path) -> None:
              f"{called / total:.1%}", f"{low:.1%} to {high:.1%}"]
         )  # fmt: skip
     table.print_table(("what", "machine", ">rows", *(f">{v}" for v in VERDICTS), ">called", ">95 %"), rows)
+    for kind in sorted({line["load"] for line in lines}):
+        some = [line for line in lines if line["load"] == kind]
+        running, commits = (
+            [line["running"] for line in some],
+            {line["fingerprint"]["commit"] for line in some},
+        )
+        print(
+            f"{kind}: {len(some)} repetitions, {sum(line['took'] for line in some) / 60:.0f} minutes, load "
+            f"average {min(running):.1f} to {max(running):.1f}, commit {', '.join(sorted(commits))}"
+        )
 
 
 def shares(found: int, of: int, level: float = 0.95) -> tuple[float, float]:

@@ -61,14 +61,17 @@ def trust(monkeypatch):
 def test_summary_counts_verdicts(trust, tmp_path, capsys):
     path = tmp_path / "trust.jsonl"
     row = {"op": "op", "case": "a", "verdict": "same", "ratio": 1.0}
+    more = {"load": "busy", "took": 90, "fingerprint": {"commit": "abc"}}
     slow = row | {"case": "cached_16x512_5", "verdict": "slower"}
     lines = [
-        {"what": "same", "load": "busy", "rows": [row, row, row, row | {"verdict": "slower"}]},
-        {"what": "planted", "load": "busy", "rows": [slow]},
+        {"what": "same", "running": 2.5, **more, "rows": [row, row, row, row | {"verdict": "slower"}]},
+        {"what": "planted", "running": 7, **more, "rows": [slow]},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     trust.summary(path)
-    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    out = capsys.readouterr().out
+    assert "busy: 2 repetitions, 3 minutes, load average 2.5 to 7.0, commit abc" in out
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
     none = ["0", "0", "0"]
     assert ["the same code", "busy", "4", "0", "1", "0", "0", "3", "25.0%", "0.6% to 80.6%"] in cells
     assert ["5 % planted, in the cache", "busy", "1", "0", "1", *none, "100.0%", "2.5% to 100.0%"] in cells
