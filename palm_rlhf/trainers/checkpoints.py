@@ -20,7 +20,7 @@ from palm_rlhf.trainers.ranks import ranks
 if TYPE_CHECKING:
     from palm_rlhf.trainers.loop import Learner
 
-_STATE = "training.pt"
+STATE = "training.pt"
 _NAME = re.compile(r"step-\d{8,}")
 
 
@@ -64,7 +64,7 @@ class Checkpoints:
         try:
             for name, tensors, metadata in self._modules(learner):
                 write_tensors(aside / f"{name}.safetensors", tensors, metadata)
-            torch.save(_state(learner, step), aside / _STATE)
+            torch.save(_state(learner, step), aside / STATE)
             for file in aside.iterdir():
                 _to_disk(file)
             _to_disk(aside)
@@ -130,10 +130,10 @@ class Checkpoints:
 
     def _read(self, learner: Learner, path: Path) -> dict[str, Any]:
         try:
-            state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+            state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is damaged or no checkpoint"
-            raise CheckpointError(f"{_STATE} cannot be read ({reason})") from error
+            raise CheckpointError(f"{STATE} cannot be read ({reason})") from error
         if state["learner"] != learner.name:
             raise CheckpointError(f"it is one of {state['learner']!r}, not of {learner.name!r}")
         return state

@@ -203,9 +203,7 @@ class OnlineTrainer(Trainer):
 
     def whole_policy(self) -> Policy:
         """The policy to sample from or to save; of a model in shards a copy, for which all must ask."""
-        policy = self.policy
-        model = self.ranks.whole(policy.model)
-        return policy if model is policy.model else Policy(model, policy.scope, policy.last_layers)
+        return self.policy.of(self.ranks.whole(self.policy.model))
 
     def next_prompts(self) -> list[list[int]]:
         """Every prompt once before any comes again, in a fresh order each time."""

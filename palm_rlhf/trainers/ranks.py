@@ -150,7 +150,7 @@ def ranks() -> Ranks:
     environment = os.environ
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
-            "the launch asks for DeepSpeed, whose engine makes updates itself: FSDP2 cuts models in shards here. "
+            "the launch asks for DeepSpeed, whose engine makes updates itself: FSDP2 cuts models here. "
             "Launch with examples/accelerate/fsdp2.yaml, or with processes.yaml for a whole model in each."
         )
     if max(int(environment.get(name) or 1) for name in _COUNTS) > 1:

@@ -130,6 +130,8 @@ class Flags:
     quiet: bool = True
     save_every: int = 1
     steps: int = STEPS
+    # Where `made` would be: checkpoints leave out what does not learn.
+    model: str = "made"
 
 
 def _run(kind: str, folder: str, at: int) -> None:

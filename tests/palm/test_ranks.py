@@ -78,7 +78,7 @@ def test_a_launch_that_started_one_process_instead_of_several_says_so(monkeypatc
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP2 cuts models in shards here"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP2 cuts models here"),
         ({"ACCELERATE_USE_FSDP": "true"}, "the launch needs fsdp_version 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "offload"),
     ],
