@@ -81,13 +81,14 @@ class Checkpoints:
         """Name, tensors and metadata of each file."""
         for name, module in learner.modules().items():
             own, metadata = unshared(module), {"learner": learner.name}
-            left = frozen_names(own) if self.base is not None else []
+            left = frozen_names(own) if self.base is not None else set()
             if left:
                 if name not in self._digests:
                     self._digests[name] = digest({each: own[each] for each in left})
                 about = {"model": self.base, "sha256": self._digests[name], "tensors": len(left)}
                 metadata |= {"frozen": about}
-            yield name, ranks().gathered({key: own[key] for key in own.keys() - set(left)}), metadata
+            rest = {key: tensor for key, tensor in own.items() if key not in left}
+            yield name, ranks().gathered(rest), metadata
 
     def _tidy(self) -> None:
         for old in self.all()[: -self.keep]:

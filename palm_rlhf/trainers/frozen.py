@@ -13,13 +13,13 @@ from palm_rlhf.models.checkpoint import CheckpointError
 from palm_rlhf.trainers.ranks import ranks
 
 
-def frozen_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the parameters that have no gradient, in order."""
-    return sorted(
+def frozen_names(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The names of the parameters that have no gradient."""
+    return {
         name
         for name, tensor in tensors.items()
         if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-    )
+    }
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -50,6 +51,8 @@ class Sharded(Launched):
             if os.environ.get(name, "").lower() in values:
                 raise ValueError(f"{sentence}. Launch with examples/accelerate/fsdp2.yaml.")
         super().__init__()
+        # What a model returns is read: nothing is written into a view of it.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         self._mesh = init_device_mesh(self.state.device.type, (self.count,))
         # Of every model that was cut: its modules without weights.
         self._shapes: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
@@ -105,12 +108,12 @@ class Sharded(Launched):
         return filled.train(model.training)
 
     def gathered(self, tensors: Mapping[Any, Any]) -> dict[Any, Any]:
-        """As of one; one at a time."""
+        """As of one, one after the other in an order that is every process's: sets have other ones in each."""
         found = {}
-        for name, tensor in tensors.items():
-            whole = _gathered(tensor)
+        for name in sorted(tensors, key=str):
+            whole = _gathered(tensors[name])
             if self.main:
-                found[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
+                found[name] = whole.cpu() if isinstance(tensors[name], DTensor) else whole
         return found
 
     def part_of(self, whole: Tensor, like: Tensor) -> Tensor:
