@@ -108,7 +108,7 @@ class Sharded(Launched):
         return filled.train(model.training)
 
     def gathered(self, tensors: Mapping[Any, Any]) -> dict[Any, Any]:
-        """As of one, one after the other in an order that is every process's: sets have other ones in each."""
+        """As of one; one after the other, in an order that is the same everywhere, as that of sets is not."""
         found = {}
         for name in sorted(tensors, key=str):
             whole = _gathered(tensors[name])

@@ -214,6 +214,16 @@ def _one_of(count: int, index: int, port: int, folder: Path) -> None:
         train(kind, place, 2)
         _in_shards(kind != "kto")
         torch.save(train(kind, place, 3), folder / "shards" / f"{kind}-{index}.pt")
+    torch.save(_held(supervised()), folder / f"held-{index}.pt")
+
+
+def _held(learner: SFTTrainer) -> tuple[int, int]:
+    """Numbers that this process holds of a model and its optimizer after a step, and how many there are."""
+    learner.step(0)
+    tensors = list(learner.model.parameters())
+    for state in learner.optimizers()["model"].state.values():
+        tensors += [tensor for tensor in state.values() if tensor.dim()]
+    return sum(tensor.to_local().numel() for tensor in tensors), sum(tensor.numel() for tensor in tensors)
 
 
 def _in_shards(on: bool) -> None:

@@ -56,6 +56,12 @@ def test_two_processes_on_the_cpu_do_what_one_does(two, one, kind, shards):
     assert len(read_metrics(several / kind / "metrics.jsonl")) == 3
 
 
+def test_each_process_holds_its_shards_of_weights_and_optimizer(two):
+    (first, whole), (second, _) = (torch.load(two / f"held-{index}.pt") for index in range(2))
+    assert first + second == whole
+    assert max(first, second) <= 0.51 * whole
+
+
 @pytest.mark.parametrize(("length", "multiple"), [(12, 1), (7, 1), (1, 1), (12, 4), (14, 4), (0, 1)])
 def test_shares_are_everything_once_in_whole_groups(length, multiple):
     shares = []
