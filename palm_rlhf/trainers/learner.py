@@ -125,11 +125,17 @@ class Trainer:
         """Those of all processes: each has those of its share of an update's sum."""
         if self.ranks.count == 1:
             return
-        learned = {id(p): p for optimizer in self._optimizers.values() for p in _parameters(optimizer)}
-        for parameter in learned.values():
+        learned = list(
+            {id(p): p for optimizer in self._optimizers.values() for p in _parameters(optimizer)}.values()
+        )
+        # What has a gradient nowhere keeps none: an optimizer would move it by its momentum.
+        there = torch.tensor([float(p.grad is not None) for p in learned], device=learned[0].device)
+        self.ranks.sum([there])
+        found = [p for p, count in zip(learned, there.tolist()) if count]
+        for parameter in found:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.sum([parameter.grad for parameter in learned.values()])
+        self.ranks.sum([parameter.grad for parameter in found])
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """By the names of what they update."""

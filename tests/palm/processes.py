@@ -114,12 +114,14 @@ SHARED = {
     "reward": lambda: rewarding(torch.float64, batch=3, epochs=1),
 }
 # Of models in shards: adapters as above, and weights that learn themselves.
-SHARDED = SHARED | {
+SHARDED = {kind: SHARED[kind] for kind in ("sft", "ppo", "kto")} | {
+    # In its other phase the critic has no gradient, and a model makes two forward passes before a backward.
     "weights": lambda: online(
-        "ppo", {}, torch.float64, adapters=False, prompts=3, samples=1, minibatch=2, micro_batch=1, steps=3
+        "ppg", {"auxiliary_every": 1, "auxiliary_epochs": 1}, torch.float64, adapters=False, prompts=3,
+        samples=1, minibatch=2, micro_batch=1, epochs=1, steps=3,
     ),
     "reward_weights": lambda: rewarding(torch.float64, use_lora=False, batch=3, epochs=1),
-}
+}  # fmt: skip
 
 
 @dataclass
