@@ -191,7 +191,7 @@ def killed_and_resumed(kind: str, folder: Path, *, seed: int, changes: int, seco
 
 def train(kind: str, folder: Path, steps: int) -> dict[str, torch.Tensor]:
     """A run up to so many steps; all weights that came of it."""
-    learner = SHARDED[kind]()
+    learner = (SHARED | SHARDED)[kind]()
     Run(kind, Flags(folder, save_every=2, steps=steps), kind).train(learner, ())
     return {
         f"{name}.{key}": x
