@@ -53,7 +53,7 @@ def load_any(
         Path(config["model"]),
         tokenizer=config.get("tokenizer") if tokenizer is None else tokenizer,
         on=on,
-        hf=replace(hf or HFOptions(), dtype=config["dtype"]),
+        hf=replace(hf or HFOptions(), dtype=config.get("dtype", "float32")),
     )
     model, (tensors, metadata) = loaded.model, read_tensors(file)
     scopes = [scope for scope in (ACTOR, CRITIC) if any(f".{scope}." in name for name in tensors)]
@@ -63,7 +63,7 @@ def load_any(
             config["lora_r"],
             tuple(config["lora_targets"]),
             config["last_layers"],
-            config["lora_alpha"],
+            config.get("lora_alpha"),
         )
     own = unshared(model)
     check_frozen(own, tensors, metadata, f"{path} (of a run that began with {config['model']})")
