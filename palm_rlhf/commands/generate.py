@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from palm_rlhf.commands.common import HFOptions, Loaded, load_model
+from palm_rlhf.commands.common import HFOptions, Loaded
+from palm_rlhf.commands.steps import load_any
 from palm_rlhf.commands.train import make_reward
 from palm_rlhf.generation import Generation, best_of, generate
 from palm_rlhf.tasks.text import read_lines
@@ -70,7 +71,7 @@ def run(args: Generate, line: str) -> int:
         raise ValueError("give a prompt that is not empty: --prompt TEXT or --prompts-file FILE")
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
+    loaded = load_any(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     tokenizer = loaded.tokenizer
     stop = loaded.stop if args.stop is None else _stop(args.stop, tokenizer)
     if args.seed is not None and args.seed < 0:

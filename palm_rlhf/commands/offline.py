@@ -79,6 +79,7 @@ def run(args: TrainPairs, line: str) -> int:
     before = trainer.evaluate()
     rows = folder.train(trainer, ("loss", "accuracy", "held_out_accuracy"), steps=trainer.steps)
     after = trainer.evaluate()
+    policy = policy.of(trainer.ranks.whole(policy.model))
     if not folder.main:
         return 0
     saved = save_model(folder.folder, Loaded(merged(policy), loaded.tokenizer, loaded.stop))

@@ -99,6 +99,7 @@ def run(args: Reward, line: str) -> int:
     rows = folder.train(trainer, ("loss", "accuracy", "held_out_accuracy"), steps=trainer.steps)
     if samples is not None:
         mean, deviation = ModelReward(model).normalize_on(samples)
+    model = trainer.ranks.whole(model)
     if not folder.main:
         return 0
     if samples is not None:

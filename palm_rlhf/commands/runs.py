@@ -41,7 +41,10 @@ class Run:
         self.folder, self.line, self.grows = Path(args.out), line, grows
         self.progress, self.save_every = not args.quiet, args.save_every
         self.config = {"command": command, **_flat(json.loads(json.dumps(asdict(args), default=str)))}
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=getattr(args, "keep", 2))
+        began = getattr(args, "model", None)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", getattr(args, "keep", 2), None if began is None else str(began)
+        )
         self._check()
 
     def _check(self) -> None:

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from palm_rlhf.commands.common import HFOptions, hf_name, load_model
+from palm_rlhf.commands.common import HFOptions, hf_name
 from palm_rlhf.commands.stages import Prompts, concluded
+from palm_rlhf.commands.steps import load_any
 from palm_rlhf.pipeline.chat import load_template, talking
 from palm_rlhf.pipeline.files import StageFile, shard, version
 from palm_rlhf.pipeline.sampling import (
@@ -117,7 +118,7 @@ def _sampler(args: Sample) -> tuple[Sampler, Tokenizer, int, int | None]:
         tokenizer = talking(load_tokenizer(args.tokenizer or str(args.model)), args.template)
         name = hf_name(args.model) or str(args.model)
         return VLLMSampler(name, stop=tokenizer.stop), tokenizer, tokenizer.stop, None
-    loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
+    loaded = load_any(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     tokenizer = talking(loaded.tokenizer, args.template)
     stop = loaded.stop if tokenizer is loaded.tokenizer else tokenizer.stop
     sampler = ModelSampler(loaded.model.eval(), stop=stop, pad=tokenizer.pad)

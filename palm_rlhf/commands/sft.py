@@ -105,6 +105,7 @@ def run(args: SFT, line: str) -> int:
         loaded.model, samples, held_back, args.config, policy.scope, last_layers=policy.last_layers
     )
     rows = folder.train(trainer, ("loss", "validation_loss"))
+    policy = policy.of(trainer.ranks.whole(policy.model))
     if not folder.main:
         return 0
     saved = save_model(folder.folder, Loaded(merged(policy), loaded.tokenizer, stop))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from palm_rlhf.commands.common import ACTOR, HF_MODEL, WEIGHTS, HFOptions, Loaded, load_model
 from palm_rlhf.commands.train import CRITIC
 from palm_rlhf.models.checkpoint import CheckpointError, read_tensors, unshared
-from palm_rlhf.trainers.checkpoints import Checkpoints
+from palm_rlhf.trainers.checkpoints import STATE, Checkpoints
+from palm_rlhf.trainers.frozen import check_frozen
 
-POLICY = "policy.safetensors"
+# What learns to write, in checkpoints of train and of sft.
+POLICIES = ("policy.safetensors", "model.safetensors")
 
 
 def models_of_run(folder: Path) -> list[Path]:
@@ -36,25 +39,37 @@ def load_any(
 ) -> Loaded:
     """A model as `load_model` finds it, or the policy of a checkpoint with its adapters merged.
 
+    A checkpoint's run tells what it began with, which is read as well, in the dtype of the run: a checkpoint
+    of adapters holds nothing else.
+
     Raises:
-        ValueError: it cannot be read; a checkpoint's run tells what it began with, which is read as well.
+        ValueError: it cannot be read, or what it began with is not what it was.
     """
-    if not (path / POLICY).is_file():
+    file = next((path / name for name in POLICIES if (path / name).is_file()), None)
+    if file is None or not (path / STATE).is_file():
         return load_model(path, tokenizer=tokenizer, on=on, hf=hf)
     config = _config(path.parent.parent)
-    loaded = load_model(Path(config["model"]), tokenizer=tokenizer, on=on, hf=hf)
-    model, (tensors, _) = loaded.model, read_tensors(path / POLICY)
+    loaded = load_model(
+        Path(config["model"]),
+        tokenizer=config.get("tokenizer") if tokenizer is None else tokenizer,
+        on=on,
+        hf=replace(hf or HFOptions(), dtype=config.get("dtype", "float32")),
+    )
+    model, (tensors, metadata) = loaded.model, read_tensors(file)
     scopes = [scope for scope in (ACTOR, CRITIC) if any(f".{scope}." in name for name in tensors)]
     for scope in scopes:
         model.add_finetune_params(
-            scope, config["lora_r"], tuple(config["lora_targets"]), config["last_layers"]
+            scope,
+            config["lora_r"],
+            tuple(config["lora_targets"]),
+            config["last_layers"],
+            config.get("lora_alpha"),
         )
     own = unshared(model)
-    if odd := sorted(own.keys() ^ tensors.keys()):
-        raise CheckpointError(f"{path} does not fit {config['model']}: {odd[0]} is on one side only")
+    check_frozen(own, tensors, metadata, f"{path} (of a run that began with {config['model']})")
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
     for scope in scopes:
         (model.merge_finetune_params if scope == ACTOR else model.remove_finetune_params)(scope)
     return loaded

@@ -147,10 +147,11 @@ def run(args: Train | offline.TrainPairs, line: str) -> int:
         store=RolloutStore(folder.folder / FOLDER) if args.keep_rollouts and folder.main else None,
     )
     rows = folder.train(trainer, ("reward", "kl", "accuracy"))
+    policy = trainer.whole_policy()
     if not folder.main:
         return 0
-    saved = save_model(folder.folder, Loaded(merged(trainer.policy, without=(CRITIC,)), tokenizer, stop))
-    drawn = _concluded(trainer, task, rows, folder)
+    saved = save_model(folder.folder, Loaded(merged(policy, without=(CRITIC,)), tokenizer, stop))
+    drawn = _concluded(trainer, policy, task, rows, folder)
     curve = folder.draw(drawn, ("reward", "accuracy", "kl", "entropy", "response_tokens"), line)
     print(f"model  {saved}\n" + (f"curve  {curve}\n" if curve else ""), end="")
     return 0
@@ -202,14 +203,16 @@ def _support(args: Train) -> dict[str, Any]:
     return {"bins": o.critic_bins, "low": o.critic_low, "high": o.critic_high}
 
 
-def _concluded(trainer: OnlineTrainer, task: Calculator | None, rows: list[Any], folder: Run) -> list[Any]:
+def _concluded(
+    trainer: OnlineTrainer, policy: Policy, task: Calculator | None, rows: list[Any], folder: Run
+) -> list[Any]:
     """Says, and keeps in result.json, what training brought; returns the metrics with both accuracies."""
     first, last = rows[0]["reward"], rows[-1]["reward"]
     found = {"steps": len(rows), "reward_first": first, "reward_last": last}
     print(f"mean reward {first:.3f} in the first rollout, {last:.3f} in the last")
     if task is not None:
         before = rows[0]["accuracy_before"]
-        after = trainer.evaluate(trainer.policy, trainer.generators()["evaluation"])["accuracy"]
+        after = trainer.evaluate(policy, trainer.generators()["evaluation"])["accuracy"]
         found |= {"accuracy_before": before, "accuracy_after": after, "held_out": len(task.held_out)}
         print(f"accuracy on {len(task.held_out)} held-out problems: {before:.1%} before, {after:.1%} after")
         rows = [{"step": 0, "accuracy": before}, *rows[:-1], {**rows[-1], "accuracy": after}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -96,6 +97,9 @@ class HFModel(Scopes):
         self.scale, self._softcap = 1.0, getattr(config, _SOFTCAP, None)
         self._dropout: dict[str, float] = {}
         self._checkpointed, self._found = False, None
+        # Its name from transformers 5.24 on; before, `cache` is no parameter of a decoder.
+        names = inspect.signature(model.base_model.forward).parameters
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
         if check:
             self._check(config)
 
@@ -144,7 +148,7 @@ class HFModel(Scopes):
             options["inputs_embeds"] = self.model.get_input_embeddings()(tokens) + extra_embed
         if cache is not None:
             mask = cache.extend(tokens, mask)
-            options["past_key_values"] = cache.past
+            options[self._cache_name] = cache.past
         if mask is not None:
             places = (mask.long().cumsum(1) - 1).clamp(min=0)
             options |= {"attention_mask": mask.long(), "position_ids": places[:, -tokens.shape[1] :]}

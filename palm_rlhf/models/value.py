@@ -191,6 +191,10 @@ class Policy(nn.Module):
         """The parameters that learn."""
         yield from learned(self.model, self.scope, self.last_layers)
 
+    def of(self, model: CausalModel) -> Policy:
+        """The same of another model with such adapters."""
+        return Policy(model, self.scope, self.last_layers)
+
 
 def frozen(model: nn.Module) -> nn.Module:
     """The same module in evaluation mode, its parameters without gradients."""

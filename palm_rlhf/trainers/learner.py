@@ -69,6 +69,9 @@ class Trainer:
         self.name, self._order, self._batch_size = name, order, batch
         self._optimizers, self._generators = dict(optimizers), dict(generators)
         self._max_grad_norm, self.ranks = max_grad_norm, ranks()
+        for optimizer in self._optimizers.values() if self.ranks.sharded else ():
+            for group in optimizer.param_groups:
+                group["foreach"] = False  # which takes no shards beside whole parameters
 
     def autocast(self) -> torch.autocast:
         """In which forward passes run."""
@@ -102,7 +105,7 @@ class Trainer:
         self._add_gradients()
         limit = math.inf if self._max_grad_norm is None else self._max_grad_norm
         norms = {
-            name: float(nn.utils.clip_grad_norm_(_parameters(optimizer), limit))
+            name: self.ranks.clipped(_parameters(optimizer), limit)
             for name, optimizer in self._optimizers.items()
         }
         odd = {"loss": loss, **{f"norm of the {name}'s gradients": norm for name, norm in norms.items()}}
@@ -122,11 +125,17 @@ class Trainer:
         """Those of all processes: each has those of its share of an update's sum."""
         if self.ranks.count == 1:
             return
-        learned = {id(p): p for optimizer in self._optimizers.values() for p in _parameters(optimizer)}
-        for parameter in learned.values():
+        learned = list(
+            {id(p): p for optimizer in self._optimizers.values() for p in _parameters(optimizer)}.values()
+        )
+        # What has a gradient nowhere keeps none: an optimizer would move it by its momentum.
+        there = torch.tensor([float(p.grad is not None) for p in learned], device=learned[0].device)
+        self.ranks.sum([there])
+        found = [p for p, count in zip(learned, there.tolist()) if count]
+        for parameter in found:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.sum([parameter.grad for parameter in learned.values()])
+        self.ranks.sum([parameter.grad for parameter in found])
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """By the names of what they update."""

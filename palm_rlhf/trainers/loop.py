@@ -82,11 +82,9 @@ def run(
     """
     there = ranks()
     with _interruptible() as interrupted:
-        # The first clears away what was half done.
-        with there.main_first():
-            start = checkpoints.restore(learner)
-            if there.main:
-                log.resume_at(start)
+        start = checkpoints.restore(learner)
+        if there.main:
+            log.resume_at(start)
         with log.progress(learner.name, start, steps, progress and there.main) as advance:
             _steps(learner, log, checkpoints, range(start, steps), save_every, advance, interrupted)
     # What follows may read what was written.
@@ -116,14 +114,11 @@ def _steps(
         # A signal reaches one process sooner than another.
         last, stop = index + 1 == indices.stop, there.any(interrupted.is_set())
         if last or stop or (save_every and (index + 1) % save_every == 0):
-            saved = _saved(learner, log, checkpoints, index + 1) if there.main else None
+            if there.main:
+                log.flush()
+            saved = checkpoints.save(learner, index + 1)
             if stop and not last:
                 raise Interrupted(index + 1, saved)
-
-
-def _saved(learner: Learner, log: RunLog, checkpoints: Checkpoints, step: int) -> Path:
-    log.flush()
-    return checkpoints.save(learner, step)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from palm_rlhf.tasks.pairs import Pair
 from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
 from palm_rlhf.trainers.learner import forward_pass, train_only
 from palm_rlhf.trainers.passes import PassesConfig, PassesTrainer
+from palm_rlhf.trainers.ranks import ranks
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ class OfflineTrainer(PassesTrainer):
         set_dropout(0.0, *models)
         set_packed(config.packed, *models)
         rows, judge = self._tokens(pairs, tokenizer), self._tokens(held_out, tokenizer, first=len(pairs))
-        super().__init__(algorithm.name, "policy", train_only(policy.trained(), policy), rows, judge, config)
+        train_only(policy.trained(), policy)
+        ranks().cut(*(model.model for model in models))
+        super().__init__(algorithm.name, "policy", list(policy.trained()), rows, judge, config)
         self._reference = self._reference_scores(policy if reference is None else reference)
 
     def _losses(self, rows: Sequence[_Row], learn: bool) -> dict[str, float]:
@@ -146,10 +149,10 @@ class OfflineTrainer(PassesTrainer):
         if not self.algorithm.divergence:
             return 0.0
         total = torch.zeros((), device=self.policy.model.device)
-        for part in self._micro_batches(rows):
+        for part, counts in self._micro_batches(rows):
             mine = self._summed(self.policy, [row.prompt for row in part], [row.other for row in part])
             theirs = self._reference[torch.tensor([row.place for row in part]), 2].to(mine)
-            total = total + (mine - theirs).sum()
+            total = total + (mine - theirs).sum() * counts
         self.ranks.sum([total])
         return (total / len(rows)).clamp(min=0)
 
@@ -161,10 +164,11 @@ class OfflineTrainer(PassesTrainer):
         rows = [*self._rows, *self._held_out]
         columns = 3 if self.algorithm.divergence else 2
         found = torch.zeros(len(rows), columns)
-        for part in self._micro_batches(rows):
+        for part, counts in self._micro_batches(rows):
             responses = [row[1 + column] for column in range(columns) for row in part]
             summed = self._summed(reference, [row.prompt for row in part] * columns, responses)
-            found[[row.place for row in part]] = summed.view(columns, len(part)).t().float().cpu()
+            if counts:
+                found[[row.place for row in part]] = summed.view(columns, len(part)).t().float().cpu()
         # Every process has filled the places of its share.
         return sum(self.ranks.everyones(found))
 

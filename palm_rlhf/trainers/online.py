@@ -20,6 +20,7 @@ from palm_rlhf.rollout import Rollout
 from palm_rlhf.seeds import drawn_seeds
 from palm_rlhf.trainers.figures import described
 from palm_rlhf.trainers.learner import Order, Precision, Trainer, forward_pass, linear_share, train_only
+from palm_rlhf.trainers.ranks import ranks
 
 if TYPE_CHECKING:
     from palm_rlhf.rollout.store import RolloutStore
@@ -148,6 +149,7 @@ class OnlineTrainer(Trainer):
         set_packed(config.packed, *models, *([self._auxiliary] if self._auxiliary else []))
         parts = [part for part in (policy, critic) if part is not None]
         train_only((p for part in parts for p in part.trained()), *parts, *([reference] if reference else ()))
+        ranks().cut(*(part.model for part in models))
         learned = {"policy": policy.trained()}
         if critic is not None:
             learned["critic"] = critic.trained()
@@ -197,7 +199,11 @@ class OnlineTrainer(Trainer):
         return metrics
 
     def _evaluated(self) -> dict[str, float]:
-        return dict(self.evaluate(self.policy, self._generators["evaluation"]))
+        return dict(self.evaluate(self.whole_policy(), self._generators["evaluation"]))
+
+    def whole_policy(self) -> Policy:
+        """The policy to sample from or to save; of a model in shards a copy, for which all must ask."""
+        return self.policy.of(self.ranks.whole(self.policy.model))
 
     def next_prompts(self) -> list[list[int]]:
         """Every prompt once before any comes again, in a fresh order each time."""
@@ -211,15 +217,17 @@ class OnlineTrainer(Trainer):
         mine = self.ranks.share(len(whole))
         prompts, seeds = whole[mine], seeds[mine]
         size = max(1, (c.rollout_batch or len(whole) * c.samples) // c.samples)
+        model = self.whole_policy().model
         with self.autocast():
             parts = [
                 generate(
-                    self.policy.model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
+                    model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
                     samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
                     stop=self.stop, pad=self.pad, seeds=seeds[start : start + size], scope=self.policy.scope,
                 )
                 for start in range(0, len(prompts), size)
             ]  # fmt: skip
+        del model
         scores = [self.reward(part).float() for part in parts]
         device = self.policy.model.device
         found = self.ranks.everyones(list(zip(parts, scores)))
@@ -266,16 +274,21 @@ class OnlineTrainer(Trainer):
     def _by_all(self, rollout: Rollout, score: Callable[[Rollout], Sequence[Tensor]]) -> list[Tensor]:
         """What `score` finds for parts of a rollout, [B, R, ...] each: every process scores its share."""
         found = []
-        for part in self._share(rollout, self.config.micro_batch or self.config.minibatch):
-            short = rollout.mask.shape[1] - part.mask.shape[1]
-            found.append([F.pad(x, (0, 0) * (x.dim() - 2) + (0, short)) for x in score(part)])
+        for part, counts in self._share(rollout, self.config.micro_batch or self.config.minibatch):
+            short, scored = rollout.mask.shape[1] - part.mask.shape[1], score(part)
+            if counts:
+                found.append([F.pad(x, (0, 0) * (x.dim() - 2) + (0, short)) for x in scored])
         return self.ranks.joined([torch.cat(parts) for parts in zip(*found)], rollout.score.device)
 
-    def _share(self, rollout: Rollout, size: int | None) -> Iterator[Rollout]:
-        """The part of a rollout that this process computes, at most `size` responses at a time."""
-        share = self.ranks.share(len(rollout), self.config.samples if self.algorithm.groups else 1)
-        if share.start < share.stop:
-            yield from rollout.rows(share).micro_batches(size)
+    def _share(self, rollout: Rollout, size: int | None) -> Iterator[tuple[Rollout, bool]]:
+        """The part of a rollout that this process computes, at most `size` responses at a time.
+
+        With each whether it counts; see `Ranks.in_step`.
+        """
+        unit = self.config.samples if self.algorithm.groups else 1
+        share = self.ranks.share(len(rollout), unit)
+        parts = rollout.rows(share).micro_batches(size) if share.start < share.stop else ()
+        return self.ranks.in_step(parts, lambda: rollout.rows(slice(unit)).trimmed())
 
     @forward_pass
     def _scored(self, policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -341,10 +354,10 @@ class OnlineTrainer(Trainer):
         updates = 0
         for minibatch in minibatches:
             whole = Whole(minibatch.mask.sum(), len(minibatch), self.config.max_new_tokens)
-            for part in self._share(minibatch, self.config.micro_batch):
+            for part, counts in self._share(minibatch, self.config.micro_batch):
                 loss = objective(part, outputs(part), self.options, whole)
-                loss.total.backward()
-                for name, value in loss.metrics.items():
+                (loss.total * counts).backward()
+                for name, value in loss.metrics.items() if counts else ():
                     sums[name] = sums.get(name, 0.0) + value
             self._apply(index, without=("policy",) if index < self.config.critic_warmup else ())
             updates += 1

@@ -141,18 +141,24 @@ class PassesTrainer(Trainer):
         examples: Callable[[Sequence[Row]], tuple[Tensor, Mapping[str, Tensor]]],
     ) -> dict[str, float]:
         sums: dict[str, float] = {}
-        for part in self._micro_batches(rows):
+        for part, counts in self._micro_batches(rows):
             losses, figures = examples(part)
             if learn:
                 # Over the number of examples in the whole update: the parts' sizes differ.
-                (losses.sum() / len(rows)).backward()
+                (losses.sum() / len(rows) * counts).backward()
+            if not counts:
+                continue
             for name, values in {"loss": losses, **figures}.items():
                 sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())
         return {name: value / len(rows) for name, value in self.ranks.summed(sums).items()}
 
-    def _micro_batches(self, rows: Sequence[Row]) -> Iterator[list[Row]]:
-        """This process's share of them, texts of like length together: less padding, and as much for each."""
+    def _micro_batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[Row], bool]]:
+        """This process's share of them, texts of like length together: less padding, and as much for each.
+
+        With each part whether it counts; see `Ranks.in_step`.
+        """
         size = self.config.micro_batch or self.config.batch
-        ordered = sorted(rows, key=lambda row: row.length)[self.ranks.index :: self.ranks.count]
-        for start in range(0, len(ordered), size):
-            yield ordered[start : start + size]
+        ordered = sorted(rows, key=lambda row: row.length)
+        own = ordered[self.ranks.index :: self.ranks.count]
+        parts = (own[start : start + size] for start in range(0, len(own), size))
+        return self.ranks.in_step(parts, lambda: ordered[:1])

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Part = TypeVar("Part")
 
 
 class Ranks:
     """This process is alone: its share is everything, and there is nothing to add."""
 
     index, count = 0, 1
+    # Whether each holds a part of the models.
+    sharded = False
 
     @property
     def main(self) -> bool:
@@ -64,6 +68,36 @@ class Ranks:
     def wait(self) -> None:
         """For the others."""
 
+    def cut(self, *models: nn.Module | None) -> None:
+        """Leaves every process its part of the weights, where models are in shards.
+
+        In place: lists of parameters that were made before are of no use behind it.
+        """
+
+    def whole(self, module: nn.Module) -> nn.Module:
+        """The module with all its weights, to read: itself where it has them. All processes must ask."""
+        return module
+
+    def gathered(self, tensors: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Tensors as a whole on the process that writes, by their names. All processes must ask."""
+        return dict(tensors)
+
+    def part_of(self, whole: Tensor, like: Tensor) -> Tensor:
+        """What this process holds of a tensor, where it holds a part of `like`."""
+        return whole
+
+    def in_step(self, parts: Iterable[Part], spare: Callable[[], Part]) -> Iterator[tuple[Part, bool]]:
+        """This process's parts of the work, each with True.
+
+        Where all have to make as many forward passes, what `spare` gives follows with False for as long as
+        others go on: it is to be computed and counts for nothing.
+        """
+        return ((part, True) for part in parts)
+
+    def clipped(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
+        """The norm of their gradients, which are scaled down to `limit`."""
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
+
 
 class Launched(Ranks):
     """One of several, by accelerate."""
@@ -104,28 +138,34 @@ class Launched(Ranks):
 # As launchers name the number of processes: torchrun, and those of MPI.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
-_SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-
 
 @functools.cache
 def ranks() -> Ranks:
     """The processes of this run: alone, unless a launcher has said in the environment how many there are.
 
     Raises:
-        ValueError: several processes were asked for and one was started, or models are to be cut in shards.
+        ValueError: several processes were asked for and one was started, or models are to be cut in shards
+            in a way that there is not.
     """
     environment = os.environ
-    for name, what in _SHARDING.items():
-        if environment.get(name, "").lower() in ("1", "true", "yes"):
-            raise ValueError(
-                f"the launch asks for {what}, which cuts models in shards: here each process holds the whole "
-                "model. Launch with examples/accelerate/processes.yaml."
-            )
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "the launch asks for DeepSpeed, whose engine makes updates itself: FSDP2 cuts models here. "
+            "Launch with examples/accelerate/fsdp2.yaml, or with processes.yaml for a whole model in each."
+        )
     if max(int(environment.get(name) or 1) for name in _COUNTS) > 1:
-        return Launched()
+        if not _asked("ACCELERATE_USE_FSDP"):
+            return Launched()
+        from palm_rlhf.trainers.shards import Sharded
+
+        return Sharded()
     if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:
         raise ValueError(
             "accelerate launch was to start several processes and started one: with --cpu it needs "
             "--mpirun_hostfile. Without MPI use --multi_gpu in place of --cpu, also where there is no GPU."
         )
     return Ranks()
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")

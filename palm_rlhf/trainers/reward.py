@@ -21,6 +21,7 @@ from palm_rlhf.tasks.pairs import Labelled, Pair
 from palm_rlhf.tokens import Tokenizer, first_ids, prompt_ids
 from palm_rlhf.trainers.learner import train_only
 from palm_rlhf.trainers.passes import PassesConfig, PassesTrainer
+from palm_rlhf.trainers.ranks import ranks
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ class RewardTrainer(PassesTrainer):
         self._prompts = any(example.prompt for example in everything)
         end = [] if not config.stop else [tokenizer.stop if stop is None else stop]
         rows, judge = ([self._row(x, tokenizer, end) for x in given] for given in (examples, held_out))
-        learned = train_only(model.finetune_parameters(), model)
-        super().__init__("reward", "reward", learned, rows, judge, config)
+        train_only(model.finetune_parameters(), model)
+        ranks().cut(model.palm)
+        super().__init__("reward", "reward", model.finetune_parameters(), rows, judge, config)
 
     def _learning(self, on: bool) -> None:
         self.model.train(on)

@@ -14,6 +14,7 @@ from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import Policy
 from palm_rlhf.tasks.text import Samples
 from palm_rlhf.trainers.learner import Order, Precision, Trainer, forward_pass, train_only
+from palm_rlhf.trainers.ranks import ranks
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class SFTTrainer(Trainer):
         )
         generator = torch.Generator().manual_seed(config.seed)
         train_only(self.policy.trained(), model)
+        ranks().cut(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -141,12 +143,12 @@ class SFTTrainer(Trainer):
 
     def _learn(self, indices: Tensor, count: int) -> float:
         """This process's share of a batch: its loss over the tokens of the update; leaves its gradients."""
-        mine = indices[self.ranks.share(len(indices))]
-        if not len(mine):
-            return 0.0
-        loss = self._loss_sum(*self._batch(self.samples, mine)) / count
-        loss.backward()
-        return float(loss.detach())
+        mine, found = indices[self.ranks.share(len(indices))], 0.0
+        for part, counts in self.ranks.in_step([mine] if len(mine) else [], lambda: indices[:1]):
+            loss = self._loss_sum(*self._batch(self.samples, part)) / count * counts
+            loss.backward()
+            found += float(loss.detach())
+        return found
 
     def _batch(self, samples: Samples, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, mask, and which tokens are learned: [B, L] each."""
@@ -168,8 +170,10 @@ class SFTTrainer(Trainer):
             raise ValueError("validation_loss: no samples are held back")
         self.model.eval()
         total, whole = 0.0, torch.arange(min(len(self.held_back), self.config.eval_samples))
-        for index in whole[self.ranks.share(len(whole))].split(self.config.batch):
-            total += float(self._loss_sum(*self._batch(self.held_back, index)))
+        mine = whole[self.ranks.share(len(whole))]
+        parts = mine.split(self.config.batch) if len(mine) else ()
+        for index, counts in self.ranks.in_step(parts, lambda: whole[:1]):
+            total += float(self._loss_sum(*self._batch(self.held_back, index))) * counts
         return self.ranks.summed({"": total})[""] / self.held_back.count_learned(whole)
 
     def modules(self) -> dict[str, nn.Module]:

@@ -66,7 +66,7 @@ def patch_model(
                 f"patch({patched.target}): this model is patched already: call undo() on the first patch"
             )
         try:
-            for rebinding in names:
+            for rebinding in (one for one in names if one.fits(version, target)):
                 _replace(patched, model, rebinding, asked=only is not None)
         except BaseException:
             patched.undo()
@@ -96,7 +96,8 @@ def _replace(patched: Patched, model: nn.Module, rebinding: Rebinding, asked: bo
     owner, key = found
     original = owner[key] if isinstance(owner, dict) else getattr(owner, key)
     ours = rebinding.make(original)
-    if slots.other_signature(original, ours):
+    if complaint := slots.other_signature(original, ours):
+        patched.left.setdefault(rebinding.name, complaint)
         return
     if patched.backend:
         ours = slots.on(patched.backend, ours)
@@ -110,6 +111,7 @@ def _replace(patched: Patched, model: nn.Module, rebinding: Rebinding, asked: bo
         for slot in taken:
             slot.put(slot.ours)
         patched.slots += taken
+        patched.left.pop(rebinding.name, None)  # of an earlier declaration for another version
         places = tuple(slot.label for slot in taken)
         patched.replaced.append(Replaced(rebinding.name, rebinding.op, rebinding.place, places))
 
@@ -124,34 +126,47 @@ def _slots(model: nn.Module, rebinding: Rebinding, original: Any, ours: Any) -> 
                 yield Slot(f"{name or 'model'}.loss_function", module, "_loss_function", slots.ABSENT, own)
         elif forward is original:
             bound = ours
-        elif _reads(forward, original):
-            bound = types.FunctionType(
-                forward.__code__, {**forward.__globals__, original.__name__: ours}, forward.__name__,
-                forward.__defaults__, forward.__closure__,
-            )  # fmt: skip
-            bound.__kwdefaults__ = forward.__kwdefaults__
+        else:
+            bound = _reading(forward, original, ours)
         if bound is not None and "forward" not in vars(module):
             method = types.MethodType(_copy(bound), module)
             yield Slot(f"{name}.forward", module, "forward", slots.ABSENT, method)
 
 
-def _reads(forward: Any, function: Any) -> bool:
-    """Whether a method calls this very function by a global name."""
-    code = getattr(forward, "__code__", None)
+def _reading(forward: Any, function: Any, ours: Any) -> Any:
+    """The method over other globals, where it calls this very function by a global name; else None.
+
+    Through decorators too, which are made anew around it.
+    """
+    if not isinstance(forward, types.FunctionType):
+        return None
     name = getattr(function, "__name__", "")
-    return code is not None and name in code.co_names and forward.__globals__.get(name) is function
+    if name in forward.__code__.co_names and forward.__globals__.get(name) is function:
+        return _made(forward, {**forward.__globals__, name: ours}, forward.__closure__)
+    inner = getattr(forward, "__wrapped__", None)
+    made = _reading(inner, function, ours)
+    if made is None:
+        return None
+    cells = [types.CellType(made) if _content(cell) is inner else cell for cell in forward.__closure__ or ()]
+    return _made(forward, forward.__globals__, tuple(cells))
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+def _made(function: Any, variables: dict[str, Any], closure: Any) -> Any:
+    made = types.FunctionType(function.__code__, variables, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def _copy(function: Any) -> Any:
     """The function under a mark that says whose it is."""
-    made = types.FunctionType(
-        function.__code__,
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
+    made = _made(function, function.__globals__, function.__closure__)
     made.__dict__.update(function.__dict__)
     setattr(made, _MARK, True)
     return made

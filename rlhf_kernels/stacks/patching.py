@@ -100,6 +100,9 @@ class Patched:
             return
         if any(one.place == rebinding.place for one in self.replaced):
             return  # the first whose signature is the stack's has taken it
+        if rebinding.needs and all(one.name != rebinding.needs for one in self.replaced):
+            self.left[rebinding.name] = f"it goes with {rebinding.needs}, which is not replaced"
+            return
         owner, key = found
         stored = slots.attributes(owner)[key]
         original = stored if isinstance(owner, dict) else getattr(owner, key)

@@ -45,6 +45,7 @@ class Rebinding:
         backends: with which of ours it is faster than the stack's own; with another it is left.
         leave: device type -> why it does not pay there although the backend is fast, or None.
         chosen: False where it changes results: then `only` has to name it.
+        needs: the name of one further up without which this one would give what the stack cannot take.
         source: the stack's function without an import, for checks where that needs more than there is.
         note: what differs from the stack's own, for the documentation.
     """
@@ -59,6 +60,7 @@ class Rebinding:
     backends: frozenset[str] = FAST
     leave: Callable[[str], str | None] = lambda device: None
     chosen: bool = True
+    needs: str = ""
     source: Callable[[], Any] | None = None
     note: str = ""
 

@@ -241,7 +241,7 @@ PATCH = Target(
     name="transformers",
     package="transformers",
     root="transformers",
-    checked=("5.23.0",),
+    checked=("5.23.0", "5.24.0"),
     rebindings=(
         *_families(),
         Rebinding(

@@ -19,7 +19,6 @@ from rlhf_kernels.stacks.rebind import Call, Rebinding
 _FOREIGN = (
     "softcap",
     "sliding_window",
-    "position_bias",
     "s_aux",
     "cache",
     "output_attentions",
@@ -41,7 +40,6 @@ def our_attention(original: Any) -> Any:
         scaling: float | None = None,
         is_causal: bool | None = None,
         position_bias: Tensor | None = None,
-        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -50,8 +48,7 @@ def our_attention(original: Any) -> Any:
         plain = (
             dropout == 0.0
             and position_bias is None
-            and cache is None
-            and not any(kwargs.get(name) for name in _FOREIGN)
+            and all(kwargs.get(name) is None or kwargs[name] is False for name in _FOREIGN)
             and (key_mask is not None or (attention_mask is None and whole))
             and query.shape[-1] == value.shape[-1]
         )
@@ -60,8 +57,31 @@ def our_attention(original: Any) -> Any:
             return out.transpose(1, 2).contiguous(), None
         if key_mask is not None:
             attention_mask = _four_dimensions(key_mask, query.shape[2], bool(causal))
-        rest = (attention_mask, dropout, scaling, is_causal, position_bias, cache)
+        rest = (attention_mask, dropout, scaling, is_causal, position_bias)
         return original(module, query, key, value, *rest, **kwargs)
+
+    return rlhf_kernels_attention
+
+
+def our_attention_until_5_23(original: Any) -> Any:
+    """The same for versions whose function names the cache of paged attention among its parameters."""
+    attend = our_attention(original)
+
+    def rlhf_kernels_attention(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        position_bias: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        rest = (attention_mask, dropout, scaling, is_causal, position_bias)
+        return attend(module, query, key, value, *rest, cache=cache, **kwargs)
 
     return rlhf_kernels_attention
 
@@ -139,17 +159,23 @@ def _own_attention(device: str) -> str | None:
     return "on a CPU transformers' attention is PyTorch's own, as ours is" if device == "cpu" else None
 
 
-ATTENTION = (
-    Rebinding(
+def _attention(make: Any, version: str) -> Rebinding:
+    return Rebinding(
         name="attention",
         op="attention",
         place="transformers.modeling_utils:AttentionInterface._global_mapping.sdpa",
-        make=our_attention,
+        make=make,
         call=_attention_call,
+        versions=(version,),
         backends=rebind.FAST | {"torch"},
         leave=_own_attention,
         note="dropout, windows and other masks than padding go to the original",
-    ),
+    )
+
+
+ATTENTION = (
+    _attention(our_attention_until_5_23, "5.23.0"),
+    _attention(our_attention, "5.24.0"),
     Rebinding(
         name="attention_mask",
         op="attention",
@@ -158,6 +184,7 @@ ATTENTION = (
         call=_mask_call,
         backends=rebind.FAST | {"torch"},
         leave=_own_attention,
+        needs="attention",
         note="goes with `attention`: without it masks have four dimensions, which go to the original",
     ),
 )

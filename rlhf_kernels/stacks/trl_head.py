@@ -45,14 +45,12 @@ def _head(
 
 
 # TRL's names of what it logs besides -> those of `outputs` of our `linear_logprob`.
-_RANKED = {"mean_logits": "mean_logit", "is_top1": "is_top1"}
+_MORE = {"log_sum_sq_probs": "log_sum_p2", "mean_logits": "mean_logit", "is_top1": "is_top1"}
 
 
 def _our_head(original: Any) -> Any:
     class _ChunkedLogProbFunction:
-        """TRL 1.16's: (log-probability, entropy, log sum p^2, mean logit, is_top1), None where not asked for.
-
-        A call that asks for the third goes to TRL's own."""
+        """TRL 1.16's: log-probability, entropy, log sum p^2, mean logit, is_top1; None where not asked."""
 
         @staticmethod
         def apply(
@@ -61,19 +59,18 @@ def _our_head(original: Any) -> Any:
             outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
         ) -> tuple[Tensor | None, ...]:  # fmt: skip
             softcap = final_logit_softcapping
-            if "log_sum_sq_probs" in outputs or not _head_pays(hidden, weight, softcap, logit_scale):
+            if not _head_pays(hidden, weight, softcap, logit_scale):
                 return original.apply(
                     hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
                 )
             device = hidden.device.type
             autocast = torch.is_autocast_enabled(device)
             dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-            more = [name for name in _RANKED if name in outputs]
-            names = tuple(_RANKED[name] for name in more)
+            more = [name for name in _MORE if name in outputs]
+            names = tuple(_MORE[name] for name in more)
             found = _head(hidden, weight, bias, targets, temperature, softcap, logit_scale, dtype, names)
-            ranked = dict(zip(more, found[2:]))
-            entropy = found[1] if "entropy" in outputs else None
-            return found[0], entropy, None, ranked.get("mean_logits"), ranked.get("is_top1")
+            logged = dict(zip(more, found[2:]))
+            return found[0], found[1] if "entropy" in outputs else None, *map(logged.get, _MORE)
 
     return _ChunkedLogProbFunction
 
@@ -102,7 +99,8 @@ def _our_old_head(original: Any, entropy_gradient: bool = False) -> Any:
 def _head_call(large: bool) -> Call:
     hidden, weight, bias, targets = _head_inputs(large)
     chunk = 8192 if large else 40
-    outputs = ("log_probs", "entropy", "mean_logits", "is_top1")  # as DPO asks; GRPO for the first two
+    # As DPO asks, with WPO for the third too; GRPO for the first two.
+    outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     args = (hidden, weight, bias, targets, 0.7, chunk, None, 0.5, outputs)
     return Call(args, {}, lambda function, *args: function.apply(*args))
 
@@ -134,7 +132,7 @@ HEAD = (
         make=_our_head,
         call=_head_call,
         versions=NEW,
-        note="log sum p^2, which WPO asks for, and DeepSpeed's ZeRO-3 go to TRL's own",
+        note="a head that DeepSpeed's ZeRO-3 has parted goes to TRL's own",
     ),
     Rebinding(
         name="loss_head",

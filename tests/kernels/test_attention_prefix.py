@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_kernels import attention, attention_prefix, backend
+from rlhf_kernels import attention, attention_prefix, backend, rotary_tables
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
@@ -56,6 +56,12 @@ def test_rows_that_see_nothing_are_zero(name):
         ({"k": torch.zeros(4, 1, 3, 32), "v": torch.zeros(4, 1, 3, 32)}, ValueError, "its own key"),
         ({"prefix_mask": torch.ones(4, 5).bool()}, ValueError, "one entry for each key"),
         ({"scale": -1.0}, ValueError, "scale must be positive"),
+        (
+            {"rotary": rotary_tables(torch.arange(6), 32)},
+            ValueError,
+            r"\(11, 16\) or \(2, 11, 16\).*got \(6, 16\)",
+        ),
+        ({"rotary": (1, 2)}, TypeError, "rotary must be RotaryTables, got tuple"),
     ],
 )
 def test_what_is_refused(change, error, match):

@@ -133,3 +133,18 @@ def test_beyond_32_bit_offsets(name):
         out = rlhf_kernels.masked_normalize(x, dim=-1, zero_masked=True, center=False)
     assert torch.isfinite(out[-1]).all()
     assert out[-1, -1] != out[0, 0]
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_more_heads_than_a_grid_has_on_its_later_axes(name):
+    """B * H above 65,535."""
+    _skip_missing(name)
+    q = torch.randn(33_000, 2, 3, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with rlhf_kernels.backend(name, strict=True):
+        out = rlhf_kernels.attention(q, q, q, causal=True)
+        (grad,) = torch.autograd.grad(out, q, torch.ones_like(out))
+        last = q[-1:].detach().requires_grad_()
+        alone = rlhf_kernels.attention(last, last, last, causal=True)
+        (expected,) = torch.autograd.grad(alone, last, torch.ones_like(alone))
+    torch.testing.assert_close(out[-1:], alone)
+    torch.testing.assert_close(grad[-1:], expected)

@@ -205,18 +205,22 @@ def test_linear_outputs_are_those_of_the_logits(backend, compiled):
     logits = 2.0 * torch.tanh(F.linear(hidden, weight, bias) / 2.0) / 0.7
     target[5] = -100
     real = target != -100
-    options = {"bias": bias, "temperature": 0.7, "softcap": 2.0, "outputs": ("is_top1", "mean_logit")}
+    names = ("is_top1", "log_sum_p2", "mean_logit")
+    options = {"bias": bias, "temperature": 0.7, "softcap": 2.0, "outputs": names}
     function = linear_logprob
     if compiled:
         function = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
     with rlhf_kernels.backend(backend):
-        logp, entropy, is_top1, mean = function(hidden, weight, target, **options)
+        logp, entropy, is_top1, squares, mean = function(hidden, weight, target, **options)
         (grad,) = torch.autograd.grad(logp.sum() + entropy.sum(), weight)
     assert is_top1.dtype is torch.bool
     assert not mean.requires_grad
+    assert not squares.requires_grad
     assert not is_top1[0]
     assert is_top1.equal((logits.argmax(-1) == target) & real)
     torch.testing.assert_close(mean, logits.mean(-1).detach().masked_fill(~real, 0))
+    expected = logits.detach().softmax(-1).square().sum(-1).log()
+    torch.testing.assert_close(squares, expected.masked_fill(~real, 0))
     plain = linear_logprob(hidden, weight, target, bias=bias, temperature=0.7, softcap=2.0)
     torch.testing.assert_close((logp, entropy), plain)
     torch.testing.assert_close(grad, torch.autograd.grad(plain[0].sum() + plain[1].sum(), weight)[0])
@@ -380,6 +384,7 @@ LOGITS, TARGET = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
         ({"target": TARGET[:1]}, ValueError, r"one token for each row, \(2,\), got \(1,\)"),
         ({"target": TARGET + 5}, ValueError, "at least 0 and below 5, got 5"),
         ({"target": TARGET - 100}, ValueError, "at least 0 and below 5, got -100. Give masked positions"),
+        ({"group": "world"}, TypeError, "group must be a torch.distributed.ProcessGroup, got str"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
         ({"temperature": math.nan}, ValueError, "temperature must be positive and finite, got nan"),
         ({"temperature": "hot"}, TypeError, "temperature must be .*number, got str"),
@@ -407,7 +412,11 @@ def test_bad_input(change, error, text):
         ),
         ({"target": TARGET - 1}, ValueError, "below 5 or -100, which is ignored, got -1"),
         ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, got 0.0"),
-        ({"outputs": ("top",)}, ValueError, "outputs must be among mean_logit, is_top1, got 'top'"),
+        (
+            {"outputs": ("top",)},
+            ValueError,
+            "outputs must be among mean_logit, is_top1, log_sum_p2, got 'top'",
+        ),
     ],
 )
 def test_linear_bad_input(change, error, text):

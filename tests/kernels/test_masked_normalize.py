@@ -1,5 +1,6 @@
 """masked_normalize: other stacks' numbers, edges, gradients, process groups, bits, sizes."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +18,7 @@ from rlhf_kernels.ops.normalize import kernel_triton, reference
 from rlhf_kernels.runtime import native
 from rlhf_kernels.stacks import peers
 from tests.golden.load import golden
+from tests.kernels.processes import both_ranks
 
 needs_native = pytest.mark.skipif(native.missing("_C") is not None, reason="native kernels are not built")
 BACKENDS = ["torch", pytest.param("native", marks=needs_native), "triton"]
@@ -201,46 +204,34 @@ def test_a_rows_bits_do_not_depend_on_batch_strides_or_threads(isa):
     assert done.returncode == 0, done.stderr
 
 
-RANK = """
-import sys, torch, torch.distributed as dist, rlhf_kernels as rk
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-torch.manual_seed(0)
-x, upstream = torch.randn(7, 50).double() * 3 + 5, torch.randn(7, 50).double()
-mask = torch.rand(7, 50) < 0.6
-mask[3:, 8] = False
-mine = slice(0, 3) if rank == 0 else slice(3, 7)
-grid = ({}, {"unbiased": True, "eps_mode": "add"}, {"center": False, "zero_masked": True}, {"dim": 0})
-for options in grid:
-    for real in (mask, None):
+def _shares_are_the_whole(rank):
+    torch.manual_seed(0)
+    x, upstream = torch.randn(7, 50).double() * 3 + 5, torch.randn(7, 50).double()
+    mask = torch.rand(7, 50) < 0.6
+    mask[3:, 8] = False
+    mine = slice(0, 3) if rank == 0 else slice(3, 7)
+    group = dist.group.WORLD
+    grid = ({}, {"unbiased": True, "eps_mode": "add"}, {"center": False, "zero_masked": True}, {"dim": 0})
+    for options, real in itertools.product(grid, (mask, None)):
         part, whole = x[mine].clone().requires_grad_(), x.clone().requires_grad_()
         share = None if real is None else real[mine]
-        got = rk.masked_normalize(part, share, group=dist.group.WORLD, **options)
-        want = rk.masked_normalize(whole, real, **options)
+        got = masked_normalize(part, share, group=group, **options)
+        want = masked_normalize(whole, real, **options)
         torch.testing.assert_close(got, want[mine])
         (grad,) = torch.autograd.grad(got, part, upstream[mine])
         (expected,) = torch.autograd.grad(want, whole, upstream)
         torch.testing.assert_close(grad, expected[mine])
-        narrow = rk.masked_normalize(x[mine].float(), share, group=dist.group.WORLD, **options)
+        narrow = masked_normalize(x[mine].float(), share, group=group, **options)
         torch.testing.assert_close(narrow, want[mine].float(), rtol=1e-5, atol=1e-6)
-# A rank without a real element still takes part.
-nothing = rk.masked_normalize(x[mine], mask[mine] & (rank == 0), group=dist.group.WORLD)
-torch.testing.assert_close(nothing, rk.masked_normalize(x, mask & (torch.arange(7) < 3)[:, None])[mine])
-dist.barrier()
-dist.destroy_process_group()
-"""
+    # A rank without a real element still takes part.
+    nothing = masked_normalize(x[mine], mask[mine] & (rank == 0), group=group)
+    want = masked_normalize(x, mask & (torch.arange(7) < 3)[:, None])
+    torch.testing.assert_close(nothing, want[mine])
 
 
 def test_process_group_equals_the_concatenation(tmp_path):
     """Two ranks with unlike shares, values and gradients."""
-    arguments = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen([*arguments, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    for rank in ranks:
-        _, error = rank.communicate(timeout=120)
-        assert rank.returncode == 0, error
+    both_ranks(_shares_are_the_whole, tmp_path)
 
 
 def _python(code, **environment):

@@ -157,3 +157,9 @@ def test_the_registries_are_what_they_were():
         assert "ForCausalLM" in changed[2]
     assert all(table[key] is was[key] for table, was in zip(tables, before) for key in was)
     assert not patching.active()
+
+
+def test_a_mask_of_two_dimensions_never_meets_the_stacks_own_attention():
+    with rlhf_kernels.patch("transformers", only=["attention_mask"]) as patched:
+        assert not patched.replaced
+        assert patched.left["attention_mask"] == "it goes with attention, which is not replaced"

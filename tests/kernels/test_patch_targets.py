@@ -143,7 +143,7 @@ def test_an_update_of_palm_gives_gradients_to_what_is_trained_alone():
 
 
 def test_trl_takes_what_dpo_logs_from_our_head(monkeypatch):
-    """DPO asks for the mean logit and whether a token is the likeliest: these do not go to TRL's own."""
+    """The mean logit, whether a token is the likeliest and WPO's log sum p^2 do not go to TRL's own."""
     utils = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed (make peers)")
     if patching.installed_version("trl") != "1.16.0":
         pytest.skip("the installed TRL is another version")
@@ -159,9 +159,9 @@ def test_trl_takes_what_dpo_logs_from_our_head(monkeypatch):
     monkeypatch.setattr(utils._ChunkedLogProbFunction, "forward", staticmethod(forward))
     with rlhf_kernels.patch("trl", only="loss_head"):
         found = utils._ChunkedLogProbFunction.apply(*call.args)
-        assert found[2] is None
-        assert (found[3].dtype, found[4].dtype) == (torch.float32, torch.bool)
+        assert [t.dtype for t in found] == [torch.float32] * 4 + [torch.bool]
         assert found[4].any()
         assert not asked
-        utils._ChunkedLogProbFunction.apply(*call.args[:-1], ("log_sum_sq_probs",))
-    assert asked == [("log_sum_sq_probs",)]
+        scaled_and_capped = (*call.args[:6], 30.0, 0.5, ("entropy",))
+        utils._ChunkedLogProbFunction.apply(*scaled_and_capped)
+    assert asked == [("entropy",)]

@@ -1,5 +1,7 @@
 """What must hold for every op, looped over the specs: right on every backend, sound in torch.library."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,6 +149,68 @@ def test_compiles_without_graph_breaks(spec, case, dynamic):
         expected = torch.autograd.grad(plain, wrt, [torch.ones_like(o) for o in plain])
         for got, want in zip(gradients, expected):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def _of_length(spec, n):
+    """The first case with n steps, or rows where it has no steps."""
+    case = spec.cases[0]
+    steps = [letter for letter in ("T", "S", "U", "C") if letter in case.sizes]
+    letters = steps or [letter for letter in ("N", "B") if letter in case.sizes]
+    options = dict(case.options) | ({"lengths": (n, 3, n)} if "lengths" in case.options else {})
+    return dataclasses.replace(case, sizes=dict(case.sizes) | dict.fromkeys(letters, n), options=options)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_compiled_once_for_all_lengths(spec):
+    """Once for the first, and once more for every other."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    options = {}
+    compiled = torch.compile(
+        lambda tensors: as_outputs(spec.function(**tensors, **options)), fullgraph=True, backend=keep
+    )
+    for n in (24, 40, 56, 72):
+        args = _inputs(spec, _of_length(spec, n), requires_grad=False).args
+        options = {k: v for k, v in args.items() if not isinstance(v, torch.Tensor)}
+        compiled({k: v for k, v in args.items() if isinstance(v, torch.Tensor)})
+    assert len(graphs) <= 2
+
+
+def _spread_backends():
+    return [
+        pytest.param(spec, name, id=f"{spec.name}-{name}")
+        for spec in SPECS.values()
+        for name in spec.op.declared()
+        if name not in ("gluon", "reference")
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")  # of NumPy, under the interpreter
+@pytest.mark.parametrize(("spec", "name"), _spread_backends())
+def test_gradients_of_one_number_for_all(spec, name):
+    """What `.sum().backward()` sends: a tensor whose elements are one in memory."""
+    if reason := spec.op.unsupported(name, "cpu", torch.float32):
+        pytest.skip(reason)
+    cases = [case for case in _smallest(spec) if torch.float32 in case.dtypes]
+    made = [_inputs(spec, case) for case in cases]
+    inputs = min(made, key=lambda inputs: sum(t.numel() for t in inputs.tensors()))
+    wrt = [inputs.args[name] for name in inputs.wrt]
+    if not wrt:
+        pytest.skip(f"{spec.name} has no gradient")
+    found = []
+    for spread in (True, False):
+        with rlhf_kernels.backend(f"{spec.op.name}={name}", strict=True):
+            outputs = [o for o in as_outputs(spec.function(**inputs.args)) if o.requires_grad]
+            one = torch.tensor(0.5)
+            grads = [one.expand(o.shape) if spread else torch.full_like(o, 0.5) for o in outputs]
+            found.append(torch.autograd.grad(outputs, wrt, grads))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 import rlhf_kernels
 from rlhf_kernels import gae, masked_normalize, token_advantages
-from rlhf_kernels.ops.advantage import token_kernel_native
+from rlhf_kernels.ops.advantage import (
+    kernel_triton,
+    token_kernel_native,
+    token_kernel_triton,
+    token_reference,
+)
+from rlhf_kernels.ops.normalize.arguments import CENTER, UNBIASED, ZERO_MASKED
 from rlhf_kernels.runtime import native
 from tests.golden.load import golden
 
@@ -240,6 +246,28 @@ def test_sixteen_bits_are_rounded_once():
         narrow = token_advantages(*inputs, mask, kl_coef=0.1)
     for got, want in zip(narrow, wide, strict=True):
         assert torch.equal(got, want.bfloat16())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize("one_program", [0, 1000], ids=["launches", "one_launch"])
+def test_interpreter_triton_takes_several_tiles(monkeypatch, one_program, carry):
+    """Rows of several blocks, several tiles to a program and several programs, against the definition."""
+    monkeypatch.setattr(kernel_triton, "MAX_BLOCK", 16)
+    monkeypatch.setattr(token_kernel_triton, "TILE", 32)
+    monkeypatch.setattr(token_kernel_triton, "CHUNKS", 2)
+    score, (kl, values, grad, grad_returns) = torch.randn(7), torch.randn(4, 7, 41)
+    mask = torch.rand(7, 41) < 0.6
+    mask[2], mask[3, 9:] = False, False  # no token, and a last one that is not in the last block
+    options = (0.3, 0.9, 0.8, carry, True, 1e-5, UNBIASED | CENTER | ZERO_MASKED)
+    leaves = [x.double().requires_grad_() for x in (score, kl, values)]
+    want = token_reference.forward(*leaves, mask, *options)
+    want += torch.autograd.grad(want, leaves, [grad.double(), grad_returns.double()])
+    inputs = (score, kl, values, mask, *options)
+    got = token_kernel_triton.forward(*inputs, one_program=one_program)
+    got += token_kernel_triton.backward(grad, grad_returns, *inputs)
+    for found, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_native

@@ -16,6 +16,7 @@ from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS
 from palm_rlhf.algorithms.table import ALGORITHMS
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.models.checkpoint import save_palm
+from palm_rlhf.models.finetune import apart, learned
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy, ValueModel
 from palm_rlhf.rewards import RewardModel
@@ -53,15 +54,24 @@ def letters(generation):
     return ((responses > 96) & (responses < 123) & generation.response_mask).sum(1).float()
 
 
-def online(name: str, options: dict, dtype=torch.float32, **config) -> OnlineTrainer:
-    """Of any row of the table."""
-    row, model = ALGORITHMS[name], made("actor", "critic", dtype=dtype)
+def online(name: str, options: dict, dtype=torch.float32, adapters=True, **config) -> OnlineTrainer:
+    """Of any row of the table; without adapters the last layer of policy and critic learns."""
+    row, model = ALGORITHMS[name], made(*("actor", "critic") * adapters, dtype=dtype)
+    critic, reference, last = model, model, None
+    if not adapters:
+        last = 1
+        critic, reference = (apart(model, learned(model, None, last)) for _ in range(2))
+        # A divergence of 0 would be rounding, which whitening makes large.
+        for parameter in learned(reference, None, last):
+            parameter.data += 0.05 * torch.randn(parameter.shape)
     sizes = {"prompts": 4, "samples": 2, "max_new_tokens": 5, "minibatch": 4, "steps": STEPS, "epochs": 2}
     return OnlineTrainer(
-        row, Policy(model, "actor"), letters, [[97 + i] * (1 + i % 3) for i in range(7)],
+        row, Policy(model, "actor" if adapters else None, last), letters,
+        [[97 + i] * (1 + i % 3) for i in range(7)],
         config=OnlineConfig(**sizes | {"policy_lr": 1e-2, "critic_lr": 1e-2} | config),
-        options=row.options(**options), reference=Policy(model),
-        critic=ValueModel(model, "critic") if row.critic else None, stop=10,
+        options=row.options(**options), reference=Policy(reference), stop=10,
+        critic=ValueModel(critic, "critic" if adapters else None, last_layers=last)
+        if row.critic else None,
     )  # fmt: skip
 
 
@@ -83,11 +93,11 @@ def supervised(dtype=torch.float32, **config) -> SFTTrainer:
     return SFTTrainer(made(dtype=dtype), samples, judge, SFTConfig(**sizes | config))
 
 
-def rewarding(dtype=torch.float32, **config) -> RewardTrainer:
+def rewarding(dtype=torch.float32, use_lora=True, **config) -> RewardTrainer:
     """On pairs."""
     pairs = [Pair("yes" + "s" * i, "no", f"{i}?") for i in range(7)]
     sizes = {"batch": 5, "epochs": 2, "lr": 1e-2}
-    model = RewardModel(made(dtype=dtype), dropout=0.0).to(dtype)
+    model = RewardModel(made(dtype=dtype), dropout=0.0, use_lora=use_lora).to(dtype)
     return RewardTrainer(model, pairs, ByteTokenizer(), config=RewardConfig(**sizes | config))
 
 
@@ -103,6 +113,15 @@ SHARED = {
     "kto": lambda: offline("kto", torch.float64, batch=3, micro_batch=2, epochs=1),
     "reward": lambda: rewarding(torch.float64, batch=3, epochs=1),
 }
+# Of models in shards: adapters as above, and weights that learn themselves.
+SHARDED = {kind: SHARED[kind] for kind in ("sft", "ppo", "kto")} | {
+    # In its other phase the critic has no gradient, and a model makes two forward passes before a backward.
+    "weights": lambda: online(
+        "ppg", {"auxiliary_every": 1, "auxiliary_epochs": 1}, torch.float64, adapters=False, prompts=3,
+        samples=1, minibatch=2, micro_batch=1, epochs=1, steps=3,
+    ),
+    "reward_weights": lambda: rewarding(torch.float64, use_lora=False, batch=3, epochs=1),
+}  # fmt: skip
 
 
 @dataclass
@@ -113,6 +132,8 @@ class Flags:
     quiet: bool = True
     save_every: int = 1
     steps: int = STEPS
+    # Where `made` would be: checkpoints leave out what does not learn.
+    model: str = "made"
 
 
 def _run(kind: str, folder: str, at: int) -> None:
@@ -170,12 +191,12 @@ def killed_and_resumed(kind: str, folder: Path, *, seed: int, changes: int, seco
 
 def train(kind: str, folder: Path, steps: int) -> dict[str, torch.Tensor]:
     """A run up to so many steps; all weights that came of it."""
-    learner = SHARED[kind]()
+    learner = (SHARED | SHARDED)[kind]()
     Run(kind, Flags(folder, save_every=2, steps=steps), kind).train(learner, ())
     return {
         f"{name}.{key}": x
         for name, module in learner.modules().items()
-        for key, x in module.state_dict().items()
+        for key, x in ranks().whole(module).state_dict().items()
     }
 
 
@@ -188,7 +209,29 @@ def _one_of(count: int, index: int, port: int, folder: Path) -> None:
     for kind in SHARED:
         # In two goes, so that it is resumed in between.
         train(kind, folder / kind, 2)
-        torch.save(train(kind, folder / kind, 3), folder / f"{kind}-{ranks().index}.pt")
+        torch.save(train(kind, folder / kind, 3), folder / f"{kind}-{index}.pt")
+    for kind in SHARDED:
+        place = folder / "shards" / kind
+        _in_shards(kind != "sft")  # which goes on in shards, and KTO as models that are whole
+        train(kind, place, 2)
+        _in_shards(kind != "kto")
+        torch.save(train(kind, place, 3), folder / "shards" / f"{kind}-{index}.pt")
+    torch.save(_held(supervised()), folder / f"held-{index}.pt")
+
+
+def _held(learner: SFTTrainer) -> tuple[int, int]:
+    """Numbers that this process holds of a model and its optimizer after a step, and how many there are."""
+    learner.step(0)
+    tensors = list(learner.model.parameters())
+    for state in learner.optimizers()["model"].state.values():
+        tensors += [tensor for tensor in state.values() if tensor.dim()]
+    return sum(tensor.to_local().numel() for tensor in tensors), sum(tensor.numel() for tensor in tensors)
+
+
+def _in_shards(on: bool) -> None:
+    """As accelerate's launcher says it."""
+    os.environ |= {"ACCELERATE_USE_FSDP": str(on).lower(), "FSDP_VERSION": "2"}
+    ranks.cache_clear()
 
 
 def launched(count: int, folder: Path) -> None:

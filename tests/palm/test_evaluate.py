@@ -18,7 +18,7 @@ from palm_rlhf.evaluate import (
     wilson,
     win_rate,
 )
-from palm_rlhf.models.checkpoint import save_palm
+from palm_rlhf.models.checkpoint import read_tensors, save_palm
 from palm_rlhf.pipeline import ModelSampler, SamplingOptions, load_template, select
 from palm_rlhf.pipeline.scoring import RuleScorer
 from palm_rlhf.rewards import ProgrammaticReward
@@ -165,6 +165,8 @@ def test_a_run_is_compared_from_its_start_to_its_result(made, tmp_path, capsys):
         8,
         "--policy-lr",
         0.03,
+        "--lora-alpha",
+        32,
         "--keep",
         4,
         "--out",
@@ -183,12 +185,19 @@ def test_a_run_is_compared_from_its_start_to_its_result(made, tmp_path, capsys):
     assert abs(first["perplexity"] - middle["perplexity"]) < 20
     assert last["reward"]["n"] == last["win_rate"]["n"] == 2
     assert "win_rate" not in first
-    # The result's file and the checkpoint that it was made of are the same model.
+    # The result's file and the checkpoint that it was made of, of adapters alone, are the same model.
     folder = sorted((run / "checkpoints").iterdir())[-1]
+    assert all(".actor." in name for name in read_tensors(folder / "policy.safetensors")[0])
     assert called("evaluate", "--model", run, folder, *start[2:], "--json") == 0
     same = json.loads(capsys.readouterr().out)["models"]
     assert same[0]["reward"] == same[1]["reward"]
-    assert abs(same[1]["kl"]["value"]) < 1e-4
+    assert abs(same[1]["kl"]["value"]) < 1e-6
+    said = []
+    for model in (run, folder):
+        words = ["--model", model, "--prompt", "so", "--temperature", 0, "--max-new-tokens", 8]
+        assert called("generate", *words) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
     for name in ("frontier.png", "win_rate.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"] == found["models"]

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from palm_rlhf.models.checkpoint import CheckpointError
+from palm_rlhf.models.checkpoint import CheckpointError, read_tensors
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.tasks.text import windows
 from palm_rlhf.tokens import ByteTokenizer
@@ -213,6 +213,28 @@ def test_what_a_killed_run_left_of_a_checkpoint_is_cleared_away(tmp_path):
     (tmp_path / "step-00000001.backup").mkdir()
     assert checkpoints.restore(learner()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000001.backup"]
+
+
+def test_frozen_weights_are_left_out_where_their_model_is_named(tmp_path):
+    def frozen():
+        trainer = learner()
+        trainer.model.token_emb.requires_grad_(False)
+        return trainer
+
+    checkpoints, trainer = Checkpoints(tmp_path, base="runs/sft"), frozen()
+    path = checkpoints.save(trainer, 1)
+    tensors, metadata = read_tensors(path / "model.safetensors")
+    assert trainer.model.state_dict().keys() - tensors.keys() == {"token_emb.weight"}
+    assert (metadata["frozen"]["model"], metadata["frozen"]["tensors"]) == ("runs/sft", 1)
+    assert checkpoints.restore(frozen()) == 1
+    # One bit.
+    other = frozen()
+    other.model.token_emb.weight.data.view(torch.int32)[3, 3] ^= 1
+    with pytest.raises(CheckpointError, match="goes with the frozen weights of runs/sft as they were"):
+        checkpoints.restore(other)
+    # Without a name everything is in it.
+    whole = Checkpoints(tmp_path / "whole").save(frozen(), 1)
+    assert "token_emb.weight" in read_tensors(whole / "model.safetensors")[0]
 
 
 def test_metrics_can_be_read_while_the_run_goes_on_and_are_json(tmp_path):

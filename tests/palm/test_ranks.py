@@ -1,5 +1,6 @@
 """Several processes that train together do what one does."""
 
+import functools
 from itertools import chain
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from palm_rlhf.trainers.log import read_metrics
 from palm_rlhf.trainers.ranks import Ranks, ranks
 from rlhf_kernels.stacks import activate
 from tests.palm.command_line import without_clock
-from tests.palm.processes import SHARED, launched, train
+from tests.palm.processes import SHARDED, SHARED, launched, train
 
 
 @pytest.fixture(scope="module")
@@ -23,26 +24,42 @@ def two(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A kind's folder and weights in one process; each is trained once."""
+    folder = tmp_path_factory.mktemp("one")
+    return functools.cache(lambda kind: (folder / kind, train(kind, folder / kind, 3)))
+
+
 @pytest.mark.filterwarnings("ignore::rlhf_kernels.runtime.dispatch.FallbackWarning")
-@pytest.mark.parametrize("kind", SHARED)
-def test_two_processes_on_the_cpu_do_what_one_does(two, tmp_path, kind):
-    alone = train(kind, tmp_path / kind, 3)
-    first, second = (torch.load(two / f"{kind}-{index}.pt") for index in range(2))
+@pytest.mark.parametrize(
+    ("kind", "shards"), [*((kind, "") for kind in SHARED), *((kind, "shards") for kind in SHARDED)]
+)
+def test_two_processes_on_the_cpu_do_what_one_does(two, one, kind, shards):
+    (straight, alone), several = one(kind), two / shards
+    first, second = (torch.load(several / f"{kind}-{index}.pt") for index in range(2))
+    assert first.keys() == alone.keys()
     for name, tensor in alone.items():
         torch.testing.assert_close(first[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
         # They stay together to the last bit.
         assert torch.equal(first[name], second[name]), name
-    rows, expected = without_clock(two / kind), without_clock(tmp_path / kind)
+    rows, expected = without_clock(several / kind), without_clock(straight)
     assert len(rows) == 3
     for mine, theirs in zip(rows, expected):
         assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-9)
     # One of them writes, and nothing twice.
     here, there = (
-        {path.name for path in (folder / kind).rglob("*") if "events" not in path.name}
-        for folder in (two, tmp_path)
+        {path.name for path in folder.rglob("*") if "events" not in path.name}
+        for folder in (several / kind, straight)
     )
     assert here == there
-    assert len(read_metrics(two / kind / "metrics.jsonl")) == 3
+    assert len(read_metrics(several / kind / "metrics.jsonl")) == 3
+
+
+def test_each_process_holds_its_shards_of_weights_and_optimizer(two):
+    (first, whole), (second, _) = (torch.load(two / f"held-{index}.pt") for index in range(2))
+    assert first + second == whole
+    assert max(first, second) <= 0.51 * whole
 
 
 @pytest.mark.parametrize(("length", "multiple"), [(12, 1), (7, 1), (1, 1), (12, 4), (14, 4), (0, 1)])
@@ -64,17 +81,27 @@ def test_a_launch_that_started_one_process_instead_of_several_says_so(monkeypatc
         ranks.__wrapped__()
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_a_launch_that_cuts_models_in_shards_is_refused(monkeypatch, name):
-    monkeypatch.setenv(name, "true")
-    with pytest.raises(ValueError, match="each process holds the whole model"):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "FSDP2 cuts models here"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "the launch needs fsdp_version 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "offload"),
+    ],
+)
+def test_a_launch_that_cuts_models_otherwise_is_refused(monkeypatch, given, said):
+    for name, value in (given | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{said}.* examples/accelerate/fsdp2.yaml"):
         ranks.__wrapped__()
 
 
-def test_accelerate_reads_the_configuration():
+@pytest.mark.parametrize(("name", "kind"), [("processes", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_accelerate_reads_the_configurations(name, kind):
     activate()
     config = pytest.importorskip("accelerate.commands.config.config_args")
-    file = Path(__file__).parents[2] / "examples" / "accelerate" / "processes.yaml"
+    file = Path(__file__).parents[2] / "examples" / "accelerate" / f"{name}.yaml"
     found = config.load_config_from_file(str(file))
     # As accelerate does it: a field that it does not know is an error.
-    assert (found.distributed_type, found.num_processes, found.use_cpu) == ("MULTI_GPU", 2, False)
+    assert (found.distributed_type, found.num_processes, found.use_cpu) == (kind, 2, False)
+    assert kind != "FSDP" or found.fsdp_config["fsdp_version"] == 2

@@ -37,19 +37,42 @@ def _then_pair(c1, k1, m1, x1, n1, c2, k2, m2, x2, n2):
 
 
 @triton.jit
-def _flag(ptr, offsets, inside, default: tl.constexpr):
+def flag(ptr, offsets, inside, default: tl.constexpr):
     """A boolean per step; `default` where there is no tensor, False outside."""
     if ptr is None:
-        flag = inside if default else inside & False
+        found = inside if default else inside & False
     else:
-        flag = tl.load(ptr + offsets, mask=inside, other=0) != 0
-    return flag
+        found = tl.load(ptr + offsets, mask=inside, other=0) != 0
+    return found
 
 
 @triton.jit
-def _at(x, cols, col):
+def at(x, cols, col):
     """Column `col` of a tile, one value for each row."""
     return tl.sum(tl.where(cols == col, x, 0.0), 1)
+
+
+@triton.jit
+def next_values(next_ptr, real_next, more, following, CARRY: tl.constexpr):
+    """What follows each step of a tile: the value of the next one, or what passes over it."""
+    next_value = to_float32(tl.load(next_ptr, mask=real_next, other=0.0))
+    passes = tl.where(real_next if CARRY else more, 0.0, 1.0)
+    passes, follows = tl.associative_scan((passes, next_value), 1, _then, reverse=True)
+    return tl.where(passes == 0, follows, follows + passes * following[:, None])
+
+
+@triton.jit
+def traced(factor, delta, advantage):
+    """The advantages of a tile before the steps whose first advantage is `advantage`."""
+    factor, scanned = tl.associative_scan((factor, delta), 1, _then, reverse=True)
+    return tl.where(factor == 0, scanned, scanned + factor * advantage[:, None])
+
+
+@triton.jit
+def traced_gradients(trace, to_next, passes, given, before, sent):
+    """One scan forwards: x reaches a step's advantage, n what the steps before send to its value."""
+    c, k, m, x, n = tl.associative_scan((trace, to_next, passes, given, tl.zeros_like(given)), 1, _then_pair)
+    return x + c * before[:, None], n + (k * before[:, None] + m * sent[:, None])
 
 
 @triton.jit
@@ -72,29 +95,24 @@ def gae_forward_kernel(
         t = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (t < n_steps)
         more = there[:, None] & (t + 1 < n_steps)
-        real = _flag(mask_ptr, row[:, None] * mask_stride + t, inside, True)
-        done = _flag(done_ptr, row[:, None] * done_stride + t, inside, False)
-        cut = done | _flag(truncated_ptr, row[:, None] * truncated_stride + t, inside, False)
+        real = flag(mask_ptr, row[:, None] * mask_stride + t, inside, True)
+        done = flag(done_ptr, row[:, None] * done_stride + t, inside, False)
+        cut = done | flag(truncated_ptr, row[:, None] * truncated_stride + t, inside, False)
         reward = to_float32(tl.load(rewards_ptr + row[:, None] * rewards_stride + t, mask=real, other=0.0))
         value = to_float32(tl.load(values_ptr + row[:, None] * values_stride + t, mask=real, other=0.0))
         if next_ptr is not None:
             follows = to_float32(tl.load(next_ptr + row[:, None] * next_stride + t, mask=real, other=0.0))
         else:
-            # What follows step t is the value of step t + 1, or what passes over it.
-            real_next = _flag(mask_ptr, row[:, None] * mask_stride + t + 1, more, True)
-            next_value = to_float32(
-                tl.load(values_ptr + row[:, None] * values_stride + t + 1, mask=real_next, other=0.0)
+            real_next = flag(mask_ptr, row[:, None] * mask_stride + t + 1, more, True)
+            follows = next_values(
+                values_ptr + row[:, None] * values_stride + t + 1, real_next, more, following, CARRY
             )
-            passes = tl.where(real_next if CARRY else more, 0.0, 1.0)
-            passes, follows = tl.associative_scan((passes, next_value), 1, _then, reverse=True)
-            follows = tl.where(passes == 0, follows, follows + passes * following[:, None])
-            following = _at(follows, t, start)
+            following = at(follows, t, start)
         live = real if CARRY else inside
         delta = reward + gamma * tl.where(done, 0.0, follows) - value
         factor = tl.where(live, tl.where(cut, 0.0, decay), 1.0)
-        factor, scanned = tl.associative_scan((factor, tl.where(live, delta, 0.0)), 1, _then, reverse=True)
-        scanned = tl.where(factor == 0, scanned, scanned + factor * advantage[:, None])
-        advantage = _at(scanned, t, start)
+        scanned = traced(factor, tl.where(live, delta, 0.0), advantage)
+        advantage = at(scanned, t, start)
         out = row[:, None] * n_steps + t
         element = advantages_ptr.dtype.element_ty
         tl.store(advantages_ptr + out, scanned.to(element), mask=inside)
@@ -108,10 +126,7 @@ def gae_backward_kernel(
     grad_stride, grad_returns_stride, mask_stride, done_stride, truncated_stride,
     n_rows, n_steps, gamma, decay, CARRY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One scan forwards: x reaches a step's advantage, n what the steps before send to its value.
-
-    The position after the last step holds the gradient of the value that follows it.
-    """
+    """One scan forwards; the position after the last step holds the gradient of the value that follows it."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     there = row < n_rows
     before = tl.zeros((ROWS,), tl.float32)
@@ -120,9 +135,9 @@ def gae_backward_kernel(
         t = start + tl.arange(0, BLOCK)[None, :]
         inside = there[:, None] & (t < n_steps)
         earlier = there[:, None] & (t >= 1) & (t <= n_steps)
-        real_before = _flag(mask_ptr, row[:, None] * mask_stride + t - 1, earlier, True)
-        done_before = _flag(done_ptr, row[:, None] * done_stride + t - 1, earlier, False)
-        cut_before = done_before | _flag(
+        real_before = flag(mask_ptr, row[:, None] * mask_stride + t - 1, earlier, True)
+        done_before = flag(done_ptr, row[:, None] * done_stride + t - 1, earlier, False)
+        cut_before = done_before | flag(
             truncated_ptr, row[:, None] * truncated_stride + t - 1, earlier, False
         )
         grad = to_float32(tl.load(grad_ptr + row[:, None] * grad_stride + t, mask=inside, other=0.0))
@@ -135,21 +150,17 @@ def gae_backward_kernel(
         if grad_next_ptr is not None:
             to_next = tl.zeros_like(to_next)
         passes = tl.where(live_before, 0.0, 1.0)
-        c, k, m, x, n = tl.associative_scan(
-            (trace, to_next, passes, grad + grad_return, tl.zeros_like(grad)), 1, _then_pair
-        )
-        x += c * before[:, None]
-        n += k * before[:, None] + m * sent[:, None]
-        before = _at(x, t, start + BLOCK - 1)
-        sent = _at(n, t, start + BLOCK - 1)
-        real = _flag(mask_ptr, row[:, None] * mask_stride + t, inside, True)
+        x, n = traced_gradients(trace, to_next, passes, grad + grad_return, before, sent)
+        before = at(x, t, start + BLOCK - 1)
+        sent = at(n, t, start + BLOCK - 1)
+        real = flag(mask_ptr, row[:, None] * mask_stride + t, inside, True)
         out = row[:, None] * n_steps + t
         element = grad_rewards_ptr.dtype.element_ty
         tl.store(grad_rewards_ptr + out, tl.where(real, x, 0.0).to(element), mask=inside)
         grad_value = tl.where(real, grad_return - x + n, 0.0)
         tl.store(grad_values_ptr + out, grad_value.to(element), mask=inside)
         if grad_next_ptr is not None:
-            done = _flag(done_ptr, row[:, None] * done_stride + t, inside, False)
+            done = flag(done_ptr, row[:, None] * done_stride + t, inside, False)
             grad_next = tl.where(real & (done == 0), gamma * x, 0.0)
             tl.store(grad_next_ptr + out, grad_next.to(element), mask=inside)
         if grad_last_ptr is not None:
@@ -157,10 +168,10 @@ def gae_backward_kernel(
             tl.store(grad_last_ptr + row[:, None] + t * 0, n.to(element), mask=at_end)
 
 
-def tile(steps: int) -> tuple[int, int]:
+def tile(steps: int, elements: int = TILE) -> tuple[int, int]:
     """Rows and steps of a program's tile, by the number of steps alone."""
     block = min(MAX_BLOCK, max(16, triton.next_power_of_2(steps)))
-    return max(1, TILE // block), block
+    return max(1, elements // block), block
 
 
 def plane(t: Tensor | None) -> tuple[Tensor | None, int]:

@@ -15,10 +15,11 @@ from rlhf_kernels.runtime.library import Operator
 _OP = Op(
     "token_advantages",
     "rlhf_kernels.ops.advantage",
-    {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    {"cpu": ("native", "torch"), "cuda": ("triton", "torch")},
     modules={
         "native": "token_kernel_native",
         "torch": "token_kernel_torch",
+        "triton": "token_kernel_triton",
         "reference": "token_reference",
     },
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from rlhf_kernels.engine.spec import (
     FLOAT_DTYPES,
+    TARGETS,
     Case,
     Cost,
     Direction,
     HostKernel,
     Inputs,
+    KernelBuild,
     Knob,
     OpSpec,
     itemsize,
@@ -36,7 +39,8 @@ def _case(
 
 
 # `mask` is the pattern of the real tokens, `masked` what stands in the others, `memory` the layout of the
-# three matrices; the rest are arguments. second_block has more elements than moments take at a time.
+# three matrices; the rest are arguments. second_block has more elements than moments take at a time, and than
+# one Triton program.
 CASES = (
     _case("smoke", 16, 128, "smoke", mask="tail"),
     _case("ppo", 512, 1024, "typical", mask="tail"),
@@ -48,7 +52,7 @@ CASES = (
     _case("two_steps", 5, 2, dtypes=ALL_DTYPES, mask="random"),
     _case("three_steps", 5, 3, dtypes=ALL_DTYPES, mask="random", mask_mode="zero"),
     _case("one_real", 3, 300, mask="one", normalize=False),
-    _case("second_block", 40, 131, dtypes=ALL_DTYPES, mask="middle"),
+    _case("second_block", 65, 64, dtypes=ALL_DTYPES, mask="middle"),
     _case("ragged", 7, 41, dtypes=ALL_DTYPES, mask="middle"),
     _case("none_real", 3, 9, mask="none"),
     _case("nan_masked", 7, 41, dtypes=ALL_DTYPES, mask="middle", masked=math.nan),
@@ -116,6 +120,62 @@ def _host(carry: bool, backward: bool) -> Callable[[Any], Callable[[], Any]]:
     return call
 
 
+_GIVEN, _GRADS = ("score", "kl", "values"), ("grad", "grad_returns")
+_RESULTS = ("grad_score", "grad_kl", "grad_values")
+# kernel: tensors in the op's dtype; tensors in float64; what has row strides.
+TRITON = {
+    "forward": ((*_GIVEN, "returns"), ("parts",), (*_GIVEN, "mask")),
+    "backward": ((*_GRADS, *_RESULTS), ("parts", "sums"), (*_GRADS, "mask")),
+}
+
+
+def kernels() -> Iterator[KernelBuild]:
+    """For every target: each kernel, on the tiles with most and with least steps, and without whitening."""
+    from rlhf_kernels.ops.advantage import token_kernel_triton as k
+
+    whiten = {"out_ptr": None, "WHITEN": True, "SPAN": k.SPAN}
+    whole = {"parts_ptr": None, "WHITEN": True, "SPAN": k.SPAN}
+    chunks = {"CHUNKS": k.CHUNKS}
+    bare = dict.fromkeys(("raw_ptr", "parts_ptr", "sums_ptr"))
+    uses: list[tuple[str, str, int, bool, dict[str, Any]]] = [
+        ("forward", "forward", 1024, True, whiten),
+        ("forward_zeroed", "forward", 64, False, whiten),
+        ("forward_whole", "forward", 1024, True, whole),
+        ("forward_whole_zeroed", "forward", 64, False, whole),
+        ("forward_plain", "forward", 1024, True, whiten | {"parts_ptr": None, "WHITEN": False}),
+        ("backward", "backward", 1024, True, chunks),
+        ("backward_zeroed", "backward", 64, False, chunks),
+        ("backward_plain", "backward", 1024, True, chunks | bare),
+    ]
+    for use, dtype in product(uses, ("fp32", "bf16", "fp16")):
+        for target in TARGETS:
+            yield _build(k, dtype, target, *use)
+
+
+def _build(
+    k: Any, dtype: str, target: str, use: str, name: str, steps: int, carry: bool, fixed: dict[str, Any]
+) -> KernelBuild:
+    own, double, strided = TRITON[name]
+    kinds = dict.fromkeys((*own, "out"), f"*{dtype}") | dict.fromkeys(double, "*fp64")
+    kinds |= {"raw": "*fp32", "mask": "*u8"}
+    taken = getattr(k, f"token_{name}_kernel").arg_names
+    pointers = {f"{x}_ptr": kind for x, kind in kinds.items() if f"{x}_ptr" in taken}
+    pointers = {x: kind for x, kind in pointers.items() if x not in fixed}
+    integers = (*(f"{x}_stride" for x in strided), "n_rows", "n_steps")
+    integers += tuple(x for x in ("per_program", "chunks") if x in taken)
+    floats = dict.fromkeys(("kl_coef", "gamma", "decay", "eps"), "fp32")
+    rows, block = k.tile(steps)
+    return KernelBuild(
+        f"{use}/{dtype}",
+        getattr(k, f"token_{name}_kernel"),
+        pointers | dict.fromkeys(integers, "i32") | floats | {"flags": "i32"},
+        fixed | {"CARRY": carry, "ROWS": rows, "BLOCK": block},
+        target,
+        num_warps=k.NUM_WARPS,
+        aligned=(*pointers, *integers),
+    )
+
+
 SPEC = OpSpec(
     name="token_advantages",
     family="advantage",
@@ -128,11 +188,15 @@ SPEC = OpSpec(
     cases=CASES,
     # In float64 plain PyTorch and the definition differ by the order of the scan alone.
     floor=8.0,
+    kernels=kernels,
     host_kernels=(
         HostKernel("token_advantages", _host(True, False)),
         HostKernel("token_advantages_zeroed", _host(False, False)),
         HostKernel("token_advantages_backward", _host(True, True)),
         HostKernel("token_advantages_zeroed_backward", _host(False, True)),
     ),
-    knobs=(Knob("grain", "native", (32768, 8192, 131072)),),
+    knobs=(
+        Knob("grain", "native", (32768, 8192, 131072)),
+        Knob("one_program", "triton", (4096, 0, 16384, 65536), ("forward",)),
+    ),
 )

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.attention.arguments import check_heads
+from rlhf_kernels.ops.attention.arguments import TABLES, check_heads, checked_options
 from rlhf_kernels.ops.attention.layout import new_like
-from rlhf_kernels.runtime.checks import boolean, floating, on, positive, shaped
+from rlhf_kernels.ops.rotary import RotaryTables
+from rlhf_kernels.runtime.checks import boolean, floating, on, shaped
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
@@ -36,17 +37,17 @@ def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tup
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *rows, ctx.causal, key_mask, prefix_mask, ctx.scale, ctx.return_lse = inputs
-    ctx.save_for_backward(*rows, *output, key_mask, prefix_mask)
+    *rows, ctx.causal, key_mask, prefix_mask, ctx.scale, ctx.return_lse = inputs[:-4]
+    ctx.save_for_backward(*rows, *output, key_mask, prefix_mask, *inputs[-4:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, backward: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    *saved, out, lse, key_mask, prefix_mask = ctx.saved_tensors
+    *saved, key_mask, prefix_mask, q_cos, q_sin, k_cos, k_sin = ctx.saved_tensors
     if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    options = (ctx.causal, key_mask, prefix_mask, ctx.scale, ctx.return_lse)
-    return *backward(grad_out, grad_lse, *saved, out, lse, *options), *[None] * 5
+        grad_out = torch.zeros_like(saved[5])
+    options = (ctx.causal, key_mask, prefix_mask, ctx.scale, ctx.return_lse, q_cos, q_sin, k_cos, k_sin)
+    return *backward(grad_out, grad_lse, *saved, *options), *[None] * 9
 
 
 def _replay(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -54,7 +55,7 @@ def _replay(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[tupl
 
 
 _ROWS = "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v"
-_OPTIONS = "bool causal, Tensor? key_mask, Tensor? prefix_mask, float scale, bool return_lse"
+_OPTIONS = "bool causal, Tensor? key_mask, Tensor? prefix_mask, float scale, bool return_lse, " + TABLES
 _prefix = Operator(
     _OP,
     f"({_ROWS}, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -81,6 +82,7 @@ def attention_prefix(
     key_mask: Tensor | None = None,
     prefix_mask: Tensor | None = None,
     scale: float | None = None,
+    rotary: RotaryTables | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of n rows that begin with one prefix, as n responses to a prompt do, and hold it once.
@@ -98,6 +100,9 @@ def attention_prefix(
         key_mask: [B, S] boolean, True where an own key may be seen.
         prefix_mask: [P, U] boolean, likewise.
         scale: positive factor on the scores, D**-0.5 by default.
+        rotary: turns q and both parts' keys on their way in, as in `attention`: tables of the U + S positions
+            of a prefix and what follows it, [U + S, D/2] or one for each prefix, [P, U + S, D/2]. Those of
+            the queries are the last T.
         return_lse: whether to return the log-sum-exp of each row's scores too.
 
     Returns:
@@ -118,11 +123,14 @@ def attention_prefix(
     if prefix_mask is not None:
         expected = (prefixes, prefix_k.shape[2])
         boolean(_NAME, "prefix_mask", prefix_mask, expected, q, "one entry for each key, [P, U]")
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    else:
-        positive(_NAME, "scale", scale)
-    out, lse = _prefix(q, k, v, prefix_k, prefix_v, causal, key_mask, prefix_mask, scale, return_lse)
+    # All keys of a prefix and what follows it, without memory: what tables have to fit.
+    whole = k.new_empty(()).expand(prefixes, k.shape[1], prefix_k.shape[2] + k.shape[2], k.shape[3])
+    scale, tables = checked_options(_NAME, whole, whole, scale, None, None, rotary)
+    if rotary is not None:
+        steps = q.shape[2]
+        tables = (*(t.narrow(-2, t.shape[-2] - steps, steps) for t in tables[:2]), *tables[2:])
+    options = (causal, key_mask, prefix_mask, scale, return_lse, *tables)
+    out, lse = _prefix(q, k, v, prefix_k, prefix_v, *options)
     return (out, lse) if return_lse else out
 
 

@@ -21,8 +21,9 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 def backward(grad_out: Tensor, grad_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, prefix_k and prefix_v, where the operator is opaque to autograd."""
-    found = recomputed(forward, (*args[:5], *args[7:]), (grad_out, grad_lse))
-    return tuple(map(heads_inside, found[:5]))
+    rows, options = args[:5], args[7:]
+    found = recomputed(lambda *x: forward(*x, *options), rows, (grad_out, grad_lse))  # not for tables
+    return tuple(map(heads_inside, found))
 
 
-attention_prefix = partial(prefix_reference.attention_prefix, attend=kernel_torch.forward)
+attention_prefix = partial(prefix_reference.attention_prefix, attend=kernel_torch.plain_forward)

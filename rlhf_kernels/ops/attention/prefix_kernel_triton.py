@@ -58,12 +58,14 @@ def forward(
     prefix_mask: Tensor | None,
     scale: float,
     return_lse: bool,
+    *tables: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp, which the backward needs in any case."""
     prefixes, (batch, heads, steps, size) = prefix_k.shape[0], q.shape
-    common = Options(False, prefix_mask, scale, True)
+    shared, own = _tables(tables, batch // prefixes, prefix_k.shape[2])
+    common = Options(False, prefix_mask, scale, True, None, None, *shared)
     prefix_out, prefix_lse = run_forward(_together(q, prefixes), prefix_k, prefix_v, common)
-    own_out, own_lse = run_forward(q, k, v, Options(causal, key_mask, scale, True))
+    own_out, own_lse = run_forward(q, k, v, Options(causal, key_mask, scale, True, None, None, *own))
     out, lse, rows = new_like(q), torch.empty_like(own_lse), batch * heads * steps
     launch(
         join_kernel, (cdiv(rows, JOINED_ROWS),), q,
@@ -88,17 +90,34 @@ def backward(
     prefix_mask: Tensor | None,
     scale: float,
     return_lse: bool,
+    *tables: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, prefix_k and prefix_v."""
-    own = Options(causal, key_mask, scale, return_lse)
-    dq, dk, dv = run_backward(grad_out, grad_lse, q, k, v, out, lse, own)
     rows, prefixes = q.shape[0], prefix_k.shape[0]
+    shared, mine = _tables(tables, rows // prefixes, prefix_k.shape[2])
+    own = Options(causal, key_mask, scale, return_lse, None, None, *mine)
+    dq, dk, dv = run_backward(grad_out, grad_lse, q, k, v, out, lse, own)
     grad_out, q, out, lse = (_together(x, prefixes) for x in (grad_out, q, out, lse))
     grad_lse = None if grad_lse is None else _together(grad_lse, prefixes)
-    common = Options(False, prefix_mask, scale, return_lse)
+    common = Options(False, prefix_mask, scale, return_lse, None, None, *shared)
     prefix_dq, *rest = run_backward(grad_out, grad_lse, q, prefix_k, prefix_v, out, lse.contiguous(), common)
     apart = prefix_dq.reshape(prefixes, dq.shape[1], rows // prefixes, *dq.shape[2:]).transpose(1, 2)
     return dq.add_(apart.reshape(dq.shape)), dk, dv, *rest
+
+
+Tables = tuple[Tensor | None, ...]
+
+
+def _tables(tables: Tables, n: int, prefix_steps: int) -> tuple[Tables, Tables]:
+    """Of cos and sin of T positions and of all keys: those of n rows' queries one after the other and of the
+    prefix's keys, and those of each row's own part."""
+    if not tables or tables[0] is None:
+        return (None,) * 4, (None,) * 4
+    queries, keys = tables[:2], tables[2:]
+    repeats = (1,) * (queries[0].dim() - 2) + (n, 1)
+    shared = (*(t.repeat(repeats) for t in queries), *(t[..., :prefix_steps, :] for t in keys))
+    own = (*queries, *(t[..., prefix_steps:, :] for t in keys))
+    return shared, tuple(t if t.dim() == 2 else t.repeat_interleave(n, 0) for t in own)
 
 
 def _together(x: Tensor, prefixes: int) -> Tensor:

@@ -25,8 +25,9 @@ def side_by_side(
     prefix_mask: Tensor | None,
     scale: float,
     return_lse: bool,
+    *tables: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`attend` takes what reference.forward takes."""
+    """`attend` takes what reference.forward takes; tables are of T and of U + S positions."""
     n = q.shape[0] // prefix_k.shape[0]
     keys, values = (
         torch.cat((prefix.repeat_interleave(n, 0), own), 2) for prefix, own in ((prefix_k, k), (prefix_v, v))
@@ -38,7 +39,8 @@ def side_by_side(
         if key_mask is None:
             key_mask = prefix_mask.new_ones(k.shape[0], k.shape[2])
         mask = torch.cat((prefix_mask.repeat_interleave(n, 0), key_mask), 1)
-    return attend(q, keys, values, causal, mask, scale, return_lse)
+    tables = tuple(t if t is None or t.dim() == 2 else t.repeat_interleave(n, 0) for t in tables)
+    return attend(q, keys, values, causal, mask, scale, return_lse, None, None, *tables)
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -57,11 +59,15 @@ def attention_prefix(
     key_mask: Tensor | None = None,
     prefix_mask: Tensor | None = None,
     scale: float | None = None,
+    rotary: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     return_lse: bool = False,
     attend: Callable[..., tuple[Tensor, Tensor]] = reference.forward,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition with the public function's signature; `attend` as in `side_by_side`."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    tables: tuple[Tensor | None, ...] = (None,) * 4
+    if rotary is not None:
+        tables = (*(t[..., t.shape[-2] - q.shape[2] :, :] for t in rotary[0]), *rotary[1])
     args = (q, k, v, prefix_k, prefix_v, causal, key_mask, prefix_mask, scale, return_lse)
-    out, lse = side_by_side(attend, *args)
+    out, lse = side_by_side(attend, *args, *tables)
     return (out, lse) if return_lse else out

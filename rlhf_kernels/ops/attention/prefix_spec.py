@@ -20,6 +20,7 @@ from rlhf_kernels.engine.spec import (
     randn,
 )
 from rlhf_kernels.ops.attention import attention_prefix, prefix_kernel_torch, prefix_reference
+from rlhf_kernels.ops.rotary import rotary_tables
 
 TYPICAL = (torch.float32, torch.bfloat16)  # float16 is slow on CPUs
 
@@ -39,6 +40,8 @@ CASES = (
     _case("ragged", "2x2x2/1x20x24x20x32", "awkward", mask=True, return_lse=True, dtypes=TYPICAL),
     _case("open", "1x2x2/2x18x18x20x32", "awkward", causal=False, dtypes=TYPICAL),
     _case("tiny", "1x2x2/1x3x3x5x32", "awkward", mask=True, dtypes=TYPICAL),
+    _case("rotary", "2x2x1/1x6x7x18x32", "awkward", mask=True, rotary="prefixes", dtypes=TYPICAL),
+    _case("rotary_shared", "1x2x2/1x5x6x3x32", "awkward", rotary="shared", dtypes=TYPICAL),
     _case("no_prefix", "1x2x2/1x5x5x0x32", "awkward"),
     _case("no_rows", "1x0x2/1x5x5x7x32", "awkward"),
 )  # fmt: skip
@@ -51,6 +54,11 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator, device: tor
               "prefix_k": (P, G, U, D), "prefix_v": (P, G, U, D)}  # fmt: skip
     args: dict[str, Any] = {name: randn(shape, dtype, generator, device) for name, shape in shapes.items()}
     options = dict(case.options)
+    if pattern := options.pop("rotary", None):
+        positions = torch.arange(U + S, device=device)
+        if pattern == "prefixes":  # padded on the left
+            positions = positions - torch.arange(P, device=device)[:, None]
+        args["rotary"] = rotary_tables(positions, D, xpos_scale_base=512)
     if options.pop("mask", False):
         row, prefix = (torch.arange(rows, device=device)[:, None] for rows in (n * P, P))
         args["key_mask"] = torch.arange(S, device=device) < torch.where(row == 0, 1, S - S // 4 * (row % 3))

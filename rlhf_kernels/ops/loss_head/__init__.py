@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,11 @@ from rlhf_kernels.runtime.checks import floating, on, positive, shaped, tokens
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
-# What `outputs` of linear_logprob may name.
-RANKED = ("mean_logit", "is_top1")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# What `outputs` of linear_logprob may name; each has a bit of the operator's `more`.
+MORE = ("mean_logit", "is_top1", "log_sum_p2")
 _BACKENDS = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
 
 
@@ -51,9 +54,10 @@ _logprob = Operator(
 
 
 def _linear_fake(hidden: Tensor, weight: Tensor, bias: Any, target: Tensor, *options: Any) -> tuple[Any, ...]:
-    ranked = target.shape if options[-1] else (0,)
     by_row = _by_row(hidden, target)
-    return *by_row, by_row[0].new_empty(ranked), target.new_empty(ranked, dtype=torch.bool)
+    kinds = (by_row[0].dtype, torch.bool, by_row[0].dtype)
+    shapes = (target.shape if options[-1] & 1 << i else (0,) for i in range(len(MORE)))
+    return *by_row, *(target.new_empty(shape, dtype=kind) for shape, kind in zip(shapes, kinds))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -90,7 +94,7 @@ _linear_logprob = Operator(
             "triton": "linear_kernel_triton",
         },
     ),
-    f"({_OPERANDS}, {_OPTIONS}, bool ranked) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_OPERANDS}, {_OPTIONS}, int more) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_fake,
     backward_schema=f"({_GRADS}, {_OPERANDS}, {_RESULTS}, {_OPTIONS}, bool[] wanted)"
     " -> (Tensor, Tensor, Tensor)",
@@ -98,7 +102,7 @@ _linear_logprob = Operator(
     setup_context=_linear_setup,
     gradients=_linear_gradients,
     replay=lambda grad_logprob, grad_entropy, *given: (
-        (*given[:4], *given[7:10], False),
+        (*given[:4], *given[7:10], 0),
         (grad_logprob, grad_entropy),
     ),
     wrt=(0, 1, 2),
@@ -106,7 +110,9 @@ _linear_logprob = Operator(
 ).call
 
 
-def logprob(logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def logprob(
+    logits: Tensor, target: Tensor, *, temperature: float = 1.0, group: ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probability of a token under softmax(logits / temperature), and the entropy, both differentiable.
 
     Logits of -inf (a masked vocabulary) are tokens of probability 0: they add nothing to the entropy, and as
@@ -116,6 +122,10 @@ def logprob(logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> tupl
         logits: [..., V], floating-point.
         target: [...], int64, below V. Whether it is, is checked in eager calls on the CPU.
         temperature: divides the logits. Ratios and KL terms want that of the sampling.
+        group: a torch.distributed process group whose processes hold consecutive slices of the vocabulary, in
+            the order of their ranks and of any sizes: V is this one's, the targets are those of the whole.
+            Every process must call, with the same targets, and gets the same results, to the bit; the
+            gradients are those of a loss that all compute alike. Runs eagerly.
 
     Returns:
         log p(target) and -sum p log p, [...]. Arithmetic and results are float32 (float64 for float64): a
@@ -127,6 +137,12 @@ def logprob(logits: Tensor, target: Tensor, *, temperature: float = 1.0) -> tupl
     """
     floating("logprob", "logits", logits)
     _vocabulary("logprob", "logits", logits, logits.shape[-1:])
+    if group is not None:
+        from rlhf_kernels.ops.loss_head.group import (
+            logprob as over_group,
+        )  # torch.distributed costs an import
+
+        return over_group(logits, target, temperature, group)
     tokens("logprob", "target", target, logits.shape[:-1], logits, logits.shape[-1])
     positive("logprob", "temperature", temperature)
     return _logprob(logits, target, temperature)[:2]
@@ -142,6 +158,7 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     outputs: Sequence[str] = (),
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, ...]:
     """`logprob` of `hidden @ weight.T + bias`, without ever holding the logits [N, V].
 
@@ -159,8 +176,10 @@ def linear_logprob(
         ignore_index: target of rows that do not count: both results are 0, and the row has no gradient and
             gives none to weight and bias, whatever stands in it.
         outputs: more results, for what a trainer logs, at a pass over the logits each, without gradient:
-            "mean_logit", the mean over the vocabulary of the capped and divided logits, and "is_top1",
-            whether the target is the first of the largest.
+            "mean_logit", the mean over the vocabulary of the capped and divided logits, "is_top1", whether
+            the target is the first of the largest, and "log_sum_p2", the log of the sum of p squared.
+        group: as in `logprob`: weight and bias are this process's slice of the vocabulary, hidden and target
+            the same on all. The gradient of hidden is the sum over the group.
 
     Returns:
         log p(target) and the entropy, [N], in float32 (float64 for float64); see `logprob`. Then what
@@ -192,15 +211,20 @@ def linear_logprob(
     if bias is not None:
         floating(op, "bias", bias)
         _parameter(op, "bias", bias, weight.shape[:1], "one element for each token", hidden)
-    tokens(op, "target", target, hidden.shape[:1], hidden, weight.shape[0], ignore_index)
-    positive(op, "temperature", temperature)
     if softcap is not None:
         positive(op, "softcap", softcap)
-    if unknown := [name for name in outputs if name not in RANKED]:
-        raise ValueError(f"{op}(): outputs must be among {', '.join(RANKED)}, got {unknown[0]!r}")
-    options = (temperature, softcap, ignore_index, len(outputs) > 0)
-    found = _linear_logprob(hidden, weight, bias, target, *options)
-    return *found[:2], *(found[4 + RANKED.index(name)] for name in outputs)
+    if unknown := [name for name in outputs if name not in MORE]:
+        raise ValueError(f"{op}(): outputs must be among {', '.join(MORE)}, got {unknown[0]!r}")
+    options = (temperature, softcap, ignore_index, sum(1 << MORE.index(name) for name in set(outputs)))
+    if group is None:
+        tokens(op, "target", target, hidden.shape[:1], hidden, weight.shape[0], ignore_index)
+        positive(op, "temperature", temperature)
+        found = _linear_logprob(hidden, weight, bias, target, *options)
+    else:
+        from rlhf_kernels.ops.loss_head.group import linear_logprob as over_group
+
+        found = over_group(hidden, weight, bias, target, *options, group)
+    return *found[:2], *(found[4 + MORE.index(name)] for name in outputs)
 
 
 def _vocabulary(op: str, name: str, x: Tensor, size: tuple[int, ...]) -> None:

@@ -74,6 +74,25 @@ def logit_gradient(
     return out
 
 
+def without_target(
+    grad: Tensor, first: Tensor, ids: Tensor, by_row: Sequence[Tensor], temperature: float
+) -> None:
+    """Mends the gradient of the first logits, which are given, in rows whose target (-1) is in another
+    process's share of the vocabulary: it was computed as if the first were the target."""
+    pairs = torch.stack((first, torch.full_like(first, -torch.inf)), -1)  # the second takes the target's part
+    found = logit_gradient(pairs, torch.ones_like(ids), by_row, temperature, torch.empty_like(pairs))
+    grad[:, 0] = torch.where(ids < 0, found[:, 0].to(grad.dtype), grad[:, 0])
+
+
+def log_sum_squares(rows: Tensor, peak: Tensor, log_total: Tensor, temperature: float) -> Tensor:
+    """log sum p^2 of logits [N, V]."""
+    found = torch.empty_like(peak)
+    for part, (z, _) in _blocks(rows, peak.dtype, temperature):
+        z.sub_(peak[part, None]).mul_(2).exp_()
+        found[part] = z.sum(-1).log_() - 2 * log_total[part]
+    return found
+
+
 def backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor,

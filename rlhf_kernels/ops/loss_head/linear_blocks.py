@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.loss_head.kernel_torch import spans
+from rlhf_kernels.ops.loss_head.kernel_torch import log_sum_squares, spans, without_target
 
 # Rows in work at a time: fewer read the weight too often, more only take memory.
 ROWS = 512
@@ -53,25 +53,37 @@ def forward(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-    ranked: bool = False,
+    more: int = 0,
+    parted: bool = False,
 ) -> tuple[Tensor, ...]:
-    """logprob, entropy, largest z and log sum exp(z - largest); mean z and whether the target is the largest.
+    """logprob, entropy, largest z and log sum exp(z - largest); then, empty unless the bits of `more` ask for
+    them, mean z (1), whether the target is the first of the largest (2), log sum p^2 (4).
 
-    The last two are empty unless `ranked`."""
+    `parted`: the vocabulary is a process's share, and its largest (capped) logit is one result more."""
     ignored = target == ignore_index
     ids = target.masked_fill(ignored, 0)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     results = tuple(hidden.new_empty(target.shape, dtype=dtype) for _ in range(4))
-    mean, is_top = (hidden.new_empty(target.shape if ranked else 0, dtype=t) for t in (dtype, torch.bool))
+    mean, is_top, log_squares = (
+        hidden.new_empty(target.shape if more & bit else 0, dtype=t)
+        for bit, t in ((1, dtype), (2, torch.bool), (4, dtype))
+    )
+    tops = [hidden.new_empty(target.shape, dtype=dtype)] if parted else []
     for part, _, logits in _blocks(hidden, weight, bias, ignored, softcap):
-        if ranked:
+        if more & 1:
             mean[part] = logits.mean(-1, dtype=dtype) / temperature
+        if more & 2:
             is_top[part] = logits.argmax(-1) == ids[part]
+        for top in tops:
+            top[part] = logits.amax(-1)
         for result, found in zip(results, reduce(logits, ids[part], temperature)):
             result[part] = found
-    for result in (*results[:2], mean, is_top) if ranked else results[:2]:
-        result.masked_fill_(ignored, 0)
-    return *results, mean, is_top
+        if more & 4:
+            log_squares[part] = log_sum_squares(logits, results[2][part], results[3][part], temperature)
+    for result in (*results[:2], mean, is_top, log_squares):
+        if len(result):
+            result.masked_fill_(ignored, 0)
+    return *results, mean, is_top, log_squares, *tops
 
 
 def backward(
@@ -89,8 +101,11 @@ def backward(
     softcap: float | None,
     ignore_index: int,
     wanted: Sequence[bool],
+    parted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; empty where not wanted. Sums over rows are kept in float32."""
+    """Gradients of hidden, weight and bias; empty where not wanted. Sums over rows are kept in float32.
+
+    `parted`: the vocabulary is a process's share, and -1 a target in another's."""
     ignored = target == ignore_index
     ids = target.masked_fill(ignored, 0)
     by_row = (entropy, peak, log_total, *(g.masked_fill(ignored, 0) for g in (grad_logprob, grad_entropy)))
@@ -101,7 +116,13 @@ def backward(
     for part, rows, grad in _blocks(hidden, weight, bias, ignored, softcap):
         # The slope of softcap * tanh(x / softcap), from its value.
         slope = None if softcap is None else 1 - (grad / softcap).square_()
-        differentiate(grad, ids[part], [t[part] for t in by_row], temperature)
+        columns = [t[part] for t in by_row]
+        if parted:
+            first = grad[:, 0].clone()
+            differentiate(grad, ids[part].clamp(min=0), columns, temperature)
+            without_target(grad, first, ids[part], columns, temperature)
+        else:
+            differentiate(grad, ids[part], columns, temperature)
         if slope is not None:
             grad = grad.mul_(slope).to(hidden.dtype)
         if to_hidden:

@@ -18,11 +18,12 @@ def forward(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-    ranked: bool = False,
+    more: int = 0,
 ) -> tuple[Tensor, ...]:
     """logprob of hidden @ weight.T + bias, capped; zeros, and no gradient, where the target is ignored.
 
-    The last two results, mean logit and whether the target is the largest, are empty unless `ranked`."""
+    The last three are empty unless the bits of `more` ask for them: mean logit (1), whether the target is the
+    first of the largest (2), log sum p^2 (4)."""
     real = target != ignore_index
     logits = torch.where(real[:, None], hidden, 0).double() @ weight.double().T
     if bias is not None:
@@ -31,10 +32,15 @@ def forward(
         logits = softcap * torch.tanh(logits / softcap)
     logprob, entropy, *rest = reference.forward(logits, target.where(real, 0), temperature)
     results = (torch.where(real, logprob, 0), torch.where(real, entropy, 0), *rest)
-    mean, is_top = logits.mean(-1).detach() / temperature, logits.argmax(-1) == target
-    more = (mean.where(real, 0), is_top & real) if ranked else (mean[:0], is_top[:0])
+    z = logits.detach() / temperature
+    mean, is_top = z.mean(-1).where(real, 0), (logits.argmax(-1) == target) & real
+    log_squares = (2 * z.log_softmax(-1)).logsumexp(-1).where(real, 0)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return *(result.to(dtype) for result in (*results, more[0])), more[1]
+    asked = [
+        x if more & bit else x[:0]
+        for x, bit in ((mean.to(dtype), 1), (is_top, 2), (log_squares.to(dtype), 4))
+    ]
+    return *(result.to(dtype) for result in results), *asked
 
 
 def linear_logprob(

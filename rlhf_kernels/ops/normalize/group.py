@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_kernels.ops.normalize import kernel_torch
+from rlhf_kernels.runtime.groups import gathered, process_group
 
 
 class _Pooled(torch.autograd.Function):
@@ -22,9 +23,7 @@ class _Pooled(torch.autograd.Function):
         ctx: Any, count: Tensor, mean: Tensor, squares: Tensor, group: dist.ProcessGroup
     ) -> tuple[Tensor, ...]:
         mine = torch.stack([count.double(), mean.double(), squares.double()])
-        ranks = [torch.empty_like(mine) for _ in range(group.size())]
-        dist.all_gather(ranks, mine, group=group)
-        counts, means, parts = torch.stack(ranks, dim=1)
+        counts, means, parts = gathered(mine, group).unbind(1)
         total = counts.sum(0)
         pooled = (counts * means).sum(0) / total.clamp(min=1)
         ctx.group, ctx.dtype = group, mean.dtype
@@ -48,10 +47,7 @@ def forward(
     x: Tensor, mask: Tensor | None, trailing: int, eps: float, flags: int, group: dist.ProcessGroup
 ) -> Tensor:
     """Normalises by the moments of all ranks; the gradient is that of the sum of the ranks' losses."""
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"masked_normalize(): group must be a torch.distributed.ProcessGroup, got {type(group).__name__}"
-        )
+    process_group("masked_normalize", group)
     wide = kernel_torch.upcast(x)
     stats = _Pooled.apply(*kernel_torch.moments(wide, mask, trailing), group)
     return kernel_torch.affine(wide, mask, stats, eps, flags).to(x.dtype)

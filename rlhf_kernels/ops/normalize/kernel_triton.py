@@ -31,8 +31,24 @@ def _real(mask_ptr, cols, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
+def with_block(count, mean, squares, x, real):
+    """The moments so far (float64) with the real elements of a block, [N], by Chan's formula."""
+    # Divided in x's own arithmetic: a float64 division is a subroutine that spills around the call.
+    n = tl.sum(real.to(tl.int32), 0).to(x.dtype)
+    most = tl.maximum(n, 1.0)
+    about = tl.sum(tl.where(real, x, 0.0), 0) / most
+    d = tl.where(real, x - about, 0.0)
+    rest = (tl.sum(d, 0) / most).to(tl.float64)  # what the rounded mean left over
+    share = (n / tl.maximum(count.to(x.dtype) + n, 1.0)).to(tl.float64)
+    delta = about.to(tl.float64) + rest - mean
+    n = n.to(tl.float64)
+    squares += tl.sum(d * d, 0).to(tl.float64) - rest * rest * n + delta * delta * count * share
+    return count + n, mean + delta * share, squares
+
+
+@triton.jit
 def _moments(x_ptr, mask_ptr, size, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Count, mean and sum of squared deviations of `size` elements; blocks are merged by Chan's formula."""
+    """Count, mean and sum of squared deviations of `size` elements."""
     count = tl.full((), 0.0, tl.float64)
     mean = tl.full((), 0.0, tl.float64)
     squares = tl.full((), 0.0, tl.float64)
@@ -41,23 +57,12 @@ def _moments(x_ptr, mask_ptr, size, MASKED: tl.constexpr, BLOCK: tl.constexpr):
         inside = cols < size
         real = _real(mask_ptr, cols, inside, MASKED)
         x = to_float32(tl.load(x_ptr + cols, mask=inside, other=0.0))
-        # Divided in x's own arithmetic: a float64 division is a subroutine that spills around the call.
-        n = tl.sum(real.to(tl.int32), 0).to(x.dtype)
-        most = tl.maximum(n, 1.0)
-        about = tl.sum(tl.where(real, x, 0.0), 0) / most
-        d = tl.where(real, x - about, 0.0)
-        rest = (tl.sum(d, 0) / most).to(tl.float64)  # what the rounded mean left over
-        share = (n / tl.maximum(count.to(x.dtype) + n, 1.0)).to(tl.float64)
-        delta = about.to(tl.float64) + rest - mean
-        n = n.to(tl.float64)
-        squares += tl.sum(d * d, 0).to(tl.float64) - rest * rest * n + delta * delta * count * share
-        mean += delta * share
-        count += n
+        count, mean, squares = with_block(count, mean, squares, x, real)
     return count, mean, squares
 
 
 @triton.jit
-def _merged_moments(parts_ptr, chunks, CHUNKS: tl.constexpr):
+def merged_moments(parts_ptr, chunks, CHUNKS: tl.constexpr):
     """The moments of a row from those of its chunks."""
     part = tl.arange(0, CHUNKS)
     there = part < chunks
@@ -68,6 +73,15 @@ def _merged_moments(parts_ptr, chunks, CHUNKS: tl.constexpr):
     mean = tl.sum(counts * means, 0) / tl.maximum(count, 1.0)
     d = means - mean
     return count, mean, tl.sum(squares + counts * d * d, 0)
+
+
+@triton.jit
+def merged_sums(sums_ptr, chunks, CHUNKS: tl.constexpr):
+    """The gradient sums of a row from those of its chunks."""
+    part = tl.arange(0, CHUNKS)
+    sums_ptr += 2 * part
+    total = tl.sum(tl.load(sums_ptr, mask=part < chunks, other=0.0), 0)
+    return total, tl.sum(tl.load(sums_ptr + 1, mask=part < chunks, other=0.0), 0)
 
 
 @triton.jit
@@ -88,7 +102,41 @@ def _center(x, mean):
 
 
 @triton.jit
-def _gradient_sums(
+def store_normalized(
+    x_ptr, mask_ptr, out_ptr, size, count, mean, squares, eps, flags,
+    HIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = (x - mean) / std over `size` elements; out may be x."""
+    _, rstd, _ = _variance(count, squares, number(eps, x_ptr), flags)
+    offset = tl.where((flags & 4) != 0, 0.0, mean)
+    for start in range(0, size, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < size
+        x = to_float32(tl.load(x_ptr + cols, mask=inside, other=0.0))
+        out = _center(x, mean) * rstd.to(x.dtype) + offset.to(x.dtype)
+        out = tl.where(_real(mask_ptr, cols, inside, HIDE), out, 0.0)
+        tl.store(out_ptr + cols, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_map(count, squares, total, along, eps, flags):
+    """1 / std, average and slope: a gradient becomes (grad - average) / std + slope * (x - mean), and the
+    average again where the mean stays."""
+    freedom, rstd, clamped = _variance(count, squares, eps, flags)
+    average = total / tl.maximum(count, 1.0)  # taken away before the scale, so that it cancels
+    return rstd, average, tl.where(clamped, 0.0, -rstd * rstd * rstd * along / freedom)
+
+
+@triton.jit
+def mapped_gradient(grad, x, mean, rstd, average, slope, flags):
+    """The gradient of a real element."""
+    direct = tl.where((flags & 4) != 0, 0.0, average)
+    through = direct.to(x.dtype) + slope.to(x.dtype) * _center(x, mean)
+    return (grad - average.to(x.dtype)) * rstd.to(x.dtype) + through
+
+
+@triton.jit
+def gradient_sums(
     grad_ptr, x_ptr, mask_ptr, size, mean, flags, MASKED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Sums of the gradient, and of the gradient times x - mean, over the slots that depend on the moments."""
@@ -139,18 +187,10 @@ def forward_kernel(
     out_ptr += row * length + begin
     if SPLIT:
         chunks = tl.num_programs(1)
-        count, mean, squares = _merged_moments(parts_ptr + 3 * row * chunks, chunks, CHUNKS)
+        count, mean, squares = merged_moments(parts_ptr + 3 * row * chunks, chunks, CHUNKS)
     else:
         count, mean, squares = _moments(x_ptr, mask_ptr, size, MASKED, BLOCK)
-    _, rstd, _ = _variance(count, squares, number(eps, x_ptr), flags)
-    offset = tl.where((flags & 4) != 0, 0.0, mean)
-    for start in range(0, size, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        inside = cols < size
-        x = to_float32(tl.load(x_ptr + cols, mask=inside, other=0.0))
-        out = _center(x, mean) * rstd.to(x.dtype) + offset.to(x.dtype)
-        out = tl.where(_real(mask_ptr, cols, inside, HIDE), out, 0.0)
-        tl.store(out_ptr + cols, out.to(out_ptr.dtype.element_ty), mask=inside)
+    store_normalized(x_ptr, mask_ptr, out_ptr, size, count, mean, squares, eps, flags, HIDE, BLOCK)
 
 
 @triton.jit
@@ -163,11 +203,11 @@ def sums_kernel(
     chunks = tl.num_programs(1)
     begin = tl.program_id(1).to(tl.int64) * chunk
     size = tl.minimum(length - begin, chunk).to(tl.int32)
-    _, mean, _ = _merged_moments(parts_ptr + 3 * row * chunks, chunks, CHUNKS)
+    _, mean, _ = merged_moments(parts_ptr + 3 * row * chunks, chunks, CHUNKS)
     grad_ptr += row * length + begin
     x_ptr += row * x_stride + begin
     mask_ptr += row * mask_stride + begin
-    total, along = _gradient_sums(grad_ptr, x_ptr, mask_ptr, size, mean, flags, MASKED, BLOCK)
+    total, along = gradient_sums(grad_ptr, x_ptr, mask_ptr, size, mean, flags, MASKED, BLOCK)
     sums_ptr += 2 * (row * chunks + tl.program_id(1))
     tl.store(sums_ptr, total)
     tl.store(sums_ptr + 1, along)
@@ -189,25 +229,18 @@ def backward_kernel(
     out_ptr += row * length + begin
     if SPLIT:
         chunks = tl.num_programs(1)
-        count, mean, squares = _merged_moments(parts_ptr + 3 * row * chunks, chunks, CHUNKS)
-        part = tl.arange(0, CHUNKS)
-        sums_ptr += 2 * (row * chunks + part)
-        total = tl.sum(tl.load(sums_ptr, mask=part < chunks, other=0.0), 0)
-        along = tl.sum(tl.load(sums_ptr + 1, mask=part < chunks, other=0.0), 0)
+        count, mean, squares = merged_moments(parts_ptr + 3 * row * chunks, chunks, CHUNKS)
+        total, along = merged_sums(sums_ptr + 2 * row * chunks, chunks, CHUNKS)
     else:
         count, mean, squares = _moments(x_ptr, mask_ptr, size, MASKED, BLOCK)
-        total, along = _gradient_sums(grad_ptr, x_ptr, mask_ptr, size, mean, flags, MASKED, BLOCK)
-    freedom, rstd, clamped = _variance(count, squares, number(eps, x_ptr), flags)
-    average = total / tl.maximum(count, 1.0)  # taken away before the scale, so that it cancels
-    direct = tl.where((flags & 4) != 0, 0.0, average)
-    slope = tl.where(clamped, 0.0, -rstd * rstd * rstd * along / freedom)
+        total, along = gradient_sums(grad_ptr, x_ptr, mask_ptr, size, mean, flags, MASKED, BLOCK)
+    rstd, average, slope = gradient_map(count, squares, total, along, number(eps, x_ptr), flags)
     for start in range(0, size, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < size
         x = to_float32(tl.load(x_ptr + cols, mask=inside, other=0.0))
         grad = to_float32(tl.load(grad_ptr + cols, mask=inside, other=0.0))
-        through = direct.to(x.dtype) + slope.to(x.dtype) * _center(x, mean)
-        real_grad = (grad - average.to(x.dtype)) * rstd.to(x.dtype) + through
+        real_grad = mapped_gradient(grad, x, mean, rstd, average, slope, flags)
         masked_grad = tl.where((flags & 8) != 0, 0.0, grad * rstd.to(x.dtype))
         out = tl.where(_real(mask_ptr, cols, inside, MASKED), real_grad, masked_grad)
         tl.store(out_ptr + cols, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -54,7 +54,7 @@ CASES = (
     _awkward("one_real_rows", 3, 65, ALL_DTYPES, mask="one", dim=-1, unbiased=True),
     _awkward("two_real_rows", 3, 65, ALL_DTYPES, mask="two", dim=-1, unbiased=True),
     _awkward("nan_masked", 7, 4099, ALL_DTYPES, mask="random", masked=math.nan, zero_masked=True),
-    _awkward("nan_masked_rows", 130, 513, mask="tail", masked=math.nan, dim=-1),
+    _awkward("nan_masked_rows", 9, 4100, mask="tail", masked=math.nan, dim=-1),
     _awkward("inf_masked", 7, 513, mask="tail", masked=-math.inf),
     _awkward("strided", 9, 130, ALL_DTYPES, mask="random", memory="strided"),
     _awkward("strided_rows", 9, 130, mask="random", memory="strided", dim=-1),

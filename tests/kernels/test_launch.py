@@ -1,0 +1,34 @@
+"""The launch helper: where it runs a kernel, and what it refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf_kernels.runtime.launch import launch
+
+
+class Recorder:
+    """Stands for a Triton kernel: keeps the grids that it is launched with."""
+
+    fn = SimpleNamespace(__name__="recorder")
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        return lambda *args, **meta: self.grids.append((grid, args, meta))
+
+
+def test_launches_what_there_is_to_do():
+    kernel = Recorder()
+    launch(kernel, (70_000, 2), torch.ones(1), 1, BLOCK=2)
+    launch(kernel, (0, 2), torch.ones(1))
+    assert kernel.grids == [((70_000, 2), (1,), {"BLOCK": 2})]
+
+
+@pytest.mark.parametrize("grid", [(1, 65_536), (1, 1, 65_536), (2**31,)])
+def test_a_grid_that_cuda_has_not_is_refused(grid):
+    """Some launchers do nothing there, and say nothing."""
+    with pytest.raises(ValueError, match=r"recorder: a grid of .* is beyond \(2\^31-1, 65535, 65535\)"):
+        launch(Recorder(), grid, torch.ones(1))
