@@ -36,7 +36,7 @@ _WORKER = Path(__file__).with_name("turns_worker.py")
 SIDES = ("base", "head")
 # A sample: long against the clock and a change of turns, short against what else happens on a machine.
 _SAMPLE_SECONDS = 0.001
-# Where the data lies in turn in one process, and bytes that are left free before it at most.
+# How many places the data lies in, in one process, and bytes that are taken before each move at most.
 _PLACES, _GAP = 10, 1 << 21
 
 

@@ -121,7 +121,8 @@ class Side:
         _give_back()
         self.earlier.append((held, torch.ones(gap, dtype=torch.uint8)))  # held, or their place would be taken
         vars(judge).update(copy.deepcopy(held))
-        self.contender.call = call_of(self.one, judge, self.direction)
+        with self.one.context():
+            self.contender.call = call_of(self.one, judge, self.direction)
         self.contender.batch = 1
         return {"seconds": self.clock.sample(self.contender)}
 
