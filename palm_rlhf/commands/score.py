@@ -26,7 +26,7 @@ class Score:
     samples: Path
     """File of palm-rlhf sample."""
     out: Path
-    """File of JSON lines to write: the same with scores."""
+    """File of JSON lines, or .parquet, to write: the same with scores."""
     scores: Annotated[Scores, tyro.conf.arg(name="")] = field(default_factory=Scores)
     batch: int = 16
     """Prompts at a time."""

@@ -29,7 +29,7 @@ class Prompts:
     """Where prompts come from: one of three."""
 
     prompts_file: Path | None = None
-    """Prompts: a text file with one a line, or JSON lines with "prompt" or "messages"."""
+    """Prompts: a text file with one a line, or JSON lines or Parquet with "prompt" or "messages"."""
     task: Literal["calculator"] | None = None
     """Prompts of this task instead: those that it trains on."""
     gsm8k: Path | None = None
