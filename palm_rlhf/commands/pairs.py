@@ -98,8 +98,11 @@ def _read(args: Pairs) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of all files; ValueError where they were sampled in different ways."""
     rows: list[dict[str, Any]] = []
     made: dict[str, Any] = {}
+    seen: dict[str, Path] = {}
     for path in args.scored:
         more, config = read_stage(path, "score")
+        if (other := seen.setdefault(digest(path), path)) is not path:
+            raise ValueError(f"--scored: {path} holds what {other} holds. Its pairs would count twice.")
         config = {name: config[name] for name in ("tokenizer", "sampling", "template")}
         for name in made:
             if made[name] != config[name]:

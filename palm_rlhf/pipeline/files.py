@@ -45,7 +45,8 @@ class StageFile:
         return self.path.exists()
 
     def _check(self) -> None:
-        if not self.path.exists() and not self.part.exists():
+        # Where not one row was made, what would have made it binds nobody.
+        if not self.path.exists() and not self._begun():
             return
         before = stage_config(self.path)
         if before is None:
@@ -62,6 +63,12 @@ class StageFile:
                 f"{self.path} was begun with {name} {before.get(name)}, and is to go on with "
                 f"{self.config.get(name)}. Use the same flags and files, or another --out."
             )
+
+    def _begun(self) -> bool:
+        if not self.part.exists():
+            return False
+        with self.part.open("rb") as file:
+            return file.readline().endswith(b"\n")
 
     def _rows_there(self, batch: int) -> int:
         """How many rows are written, in whole batches: what is after them is cut off."""

@@ -142,6 +142,18 @@ def read_prompts(path: str | Path) -> list[list[dict[str, str]]]:
     return [_dialogue(row, where) for where, row in read_rows(path, EXPECTED)]
 
 
+def read_prompt_texts(path: str | Path) -> list[str]:
+    """The same where every prompt is one text; ValueError for a dialogue of several messages."""
+    dialogues = read_prompts(path)
+    for number, messages in enumerate(dialogues, 1):
+        if len(messages) > 1 or messages[0]["role"] != "user":
+            raise ValueError(
+                f"{path}: prompt {number} is a dialogue of several messages, or not the user's. Those "
+                "are for palm-rlhf sample; here every prompt is one text."
+            )
+    return [messages[0]["content"] for messages in dialogues]
+
+
 def _dialogue(row: dict[str, Any], where: str) -> list[dict[str, str]]:
     messages = row.get("messages", row.get("prompt"))
     if isinstance(messages, str):

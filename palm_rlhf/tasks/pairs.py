@@ -119,7 +119,8 @@ def _read(path: str | Path, kind: type[Example]) -> list[Example]:
     texts = ("chosen", "rejected") if kind is Pair else ("text",)
     found = []
     for where, row in read_rows(path, EXPECTED):
-        tokens = _tokens(row, where) if kind is Pair else None
+        # What is no pair at all is told so first.
+        tokens = _tokens(row, where) if kind is Pair and all(name in row for name in texts) else None
         fields: dict[str, Any] = {name: _text(row, name, where, tokens is not None) for name in texts}
         if tokens is not None:
             fields["tokens"] = tokens

@@ -352,6 +352,18 @@ def test_mistakes_cost_one_sentence(model, tmp_path, capsys, monkeypatch):
     assert "is to be of palm-rlhf score" in refused(
         capsys, "pairs", "--scored", "s.jsonl", "--out", "p.jsonl"
     )
+    assert "s.jsonl is the file of samples itself" in refused(
+        capsys, "score", "--samples", "s.jsonl", "--out", tmp_path / "s.jsonl", "--reward", "words:1-"
+    )
+    said = refused(capsys, "pairs", "--scored", "c.jsonl", tmp_path / "c.jsonl", "--out", "p.jsonl")
+    assert "holds what c.jsonl holds" in said
+    train = ["train", "rebel", "--model", model / "model.safetensors", "--out", "r", "--pairs"]
+    assert '"chosen" is missing' in refused(capsys, *train, "c.jsonl")
+    words = ["score", "--samples", "s.jsonl", "--out", "f.jsonl", "--quiet", "--reward", "wrong.py:wrong"]
+    (tmp_path / "wrong.py").write_text("def wrong(prompt, response):\n    return prompt.text\n")
+    assert "raised AttributeError" in refused(capsys, *words)
+    (tmp_path / "wrong.py").write_text("def wrong(prompt, response):\n    return len(response)\n")
+    assert called(*words) == 0  # not one row depends on the mistake
     (tmp_path / "t.jsonl.part").write_text("")
     assert "t.jsonl is not complete" in refused(capsys, "score", "--samples", "t.jsonl", "--out", "x.jsonl")
     (tmp_path / "zero.py").write_text("def zero(prompt, response):\n    return 0\n")

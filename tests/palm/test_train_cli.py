@@ -8,6 +8,7 @@ import torch
 from palm_rlhf.commands.common import load_function, load_model
 from palm_rlhf.commands.rewards import named_reward, reward_version
 from palm_rlhf.generation import generate
+from palm_rlhf.pipeline.sampling import read_prompt_texts
 from palm_rlhf.pipeline.scoring import as_generation
 from palm_rlhf.rewards import ModelReward, load_reward_model
 from palm_rlhf.trainers.log import read_metrics
@@ -49,6 +50,13 @@ def test_a_row_says_what_it_needs(made, tmp_path, capsys):
     words = [*start(made), "--out", tmp_path / "run", "--steps", 1]
     said = refused(capsys, "train", "rloo", *words, "--samples", 1)
     assert said.startswith("rloo compares responses to the same prompt and needs at least 2 of them")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "so much"}\n{"messages": [{"role": "user", "content": "rain"}]}\n')
+    assert read_prompt_texts(file) == ["so much", "rain"]
+    file.write_text('{"prompt": "so much"}\n{"messages": [{"role": "system", "content": "rain"}]}\n')
+    for command in (["train", "ppo", *words], ["generate", "--model", made / "text"]):
+        said = refused(capsys, *command, "--prompts-file", file)
+        assert "prompt 2 is a dialogue of several messages, or not the user's" in said
 
 
 def test_ppg_with_a_critic_of_bins_runs_its_phase(made, tmp_path):
