@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from palm_rlhf.models import linear as module
 from palm_rlhf.models.linear import linear, pack, packed_linear
+from rlhf_kernels.runtime import onednn
 
-needs_onednn = pytest.mark.skipif(not module.available(), reason="this PyTorch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN")
 SHAPES = [((3, 5, 33), 17), ((1, 64), 300), ((2, 1, 48), 1), ((0, 7, 16), 9)]
 
 
@@ -44,7 +45,9 @@ def test_a_frozen_weight_and_a_strided_input():
 @pytest.mark.parametrize(("shape", "columns"), SHAPES[:3])
 def test_a_packed_weight_gives_the_same(shape, columns):
     x, weight = operands(shape, columns)
-    torch.testing.assert_close(packed_linear(x, pack(weight)), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    for bias in (None, torch.arange(columns) - 3.0):
+        got, expected = packed_linear(x, pack(weight), bias), F.linear(x, weight, bias)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_other_dtypes_autocast_and_compilation_are_left_to_pytorch():
