@@ -224,11 +224,11 @@ def tried(task: str, key: str) -> str:
     """Rows that learn from pairs at every rate, judged with --tune; the rate that a row has is bold."""
     found, lines = compared(task, key), []
     for name in PAIR_ALGORITHMS:
-        if name in found:
+        if len(found.get(name, ())) == len(RATES):
             best = chosen_rate(found[name])
-            cells = (f"{100 * found[name][rate]:.1f}" if rate in found[name] else "-" for rate in RATES)
+            cells = (f"{100 * found[name][rate]:.1f}" for rate in RATES)
             lines.append([f"`{name}`", *(f"**{c}**" if r == best else c for r, c in zip(RATES, cells))])
-    return table(("row", *(f"{rate:g}" for rate in RATES)), lines) if lines else "Not run."
+    return table(("row", *(f"{rate:g}" for rate in RATES)), lines) if lines else "Not all run."
 
 
 def preferences(runs: dict[str, list[Run]]) -> str:
