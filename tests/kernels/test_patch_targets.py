@@ -167,10 +167,6 @@ def test_trl_takes_what_dpo_logs_from_our_head(monkeypatch):
     assert asked == [("entropy",)]
 
 
-        utils._ChunkedLogProbFunction.apply(*call.args[:-1], ("log_sum_sq_probs",))
-    assert asked == [("log_sum_sq_probs",)]
-
-
 @pytest.mark.parametrize("name", ["selective_log_softmax", "entropy_from_logits"])
 def test_16_bits_of_trl_are_rounded_as_it_does(name):
     utils = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed (make peers)")
