@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palm_rlhf.models.linear import pack, packed_linear
 from palm_rlhf.models.protocol import CausalModel, Head
 from palm_rlhf.seeds import seeds_of, uniforms
 from rlhf_kernels import sample
+from rlhf_kernels.runtime.linear import pack, packed_linear
 
 # Rows that have stopped are dropped from the cache once they are this share of it.
 _DROP = 0.25
