@@ -1,4 +1,4 @@
-"""Linear layers by `runtime.onednn` where it suits, and elsewhere by `F.linear`; see `Held` for single rows."""
+"""Linear layers by `runtime.onednn` where it suits, elsewhere by `F.linear`; for single rows see `Held`."""
 
 from __future__ import annotations
 
