@@ -8,6 +8,6 @@ from rlhf_kernels.ops.swiglu import reference
 DIFFERENTIABLE = False
 
 
-def forward(x: torch.Tensor, walk: bool) -> torch.Tensor:
+def forward(x: torch.Tensor, walk: bool, extra: int) -> torch.Tensor:
     """The last block's swiglu."""
     return reference.swiglu(trust_ops.blocks(x, walk)[0])

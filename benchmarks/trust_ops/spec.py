@@ -1,20 +1,27 @@
-"""Two cases: passes over data that stay in the cache, and passes that walk through memory."""
+"""Passes over data that stays in the cache and through memory, each with so many passes to plant."""
 
 import torch
 
 from rlhf_kernels.engine.spec import Case, Cost, Inputs, OpSpec, randn
-from trust_ops import kernel_torch, reference, trust_passes
+from trust_ops import LEVELS, kernel_torch, reference, trust_passes
 
-CASES = (
-    Case("cached_16x512", {"N": 16, "F": 512}, {"walk": False}, "smoke", (torch.float32,)),
-    Case("walking_6400x512", {"N": 6400, "F": 512}, {"walk": True}, "smoke", (torch.float32,)),
+CASES = tuple(
+    Case(
+        f"{name}_{rows}x512_{level}",
+        {"N": rows, "F": 512},
+        {"walk": walk, "extra": level},
+        "smoke",
+        (torch.float32,),
+    )
+    for level in LEVELS
+    for name, rows, walk in (("cached", 16, False), ("walking", 7680, True))
 )
 
 
 def make(case, dtype, generator, device):
     """Normal inputs."""
     x = randn((case.sizes["N"], 2 * case.sizes["F"]), dtype, generator, device)
-    return Inputs({"x": x, "walk": case.options["walk"]})
+    return Inputs({"x": x, **case.options})
 
 
 def cost(case, dtype, direction):

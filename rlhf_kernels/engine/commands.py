@@ -61,7 +61,8 @@ def print_json(value: Any) -> None:
 
 
 def write(args: argparse.Namespace, *runs: store.Run) -> None:
-    """Appends runs to --out; what cannot be written there is kept where temporary files are.
+    """Appends runs to --out; what cannot be written there is kept where temporary files are. Runs that were
+    stopped before their first row are not written.
 
     Raises:
         UsageError: it could not be written; the text says where it is instead.
@@ -69,6 +70,9 @@ def write(args: argparse.Namespace, *runs: store.Run) -> None:
     if not args.out:
         return
     count = sum(len(run.rows) + len(run.outcomes) for run in runs)
+    if not count:
+        print(f"no row was finished: nothing appended to {args.out}", file=sys.stderr)
+        return
     try:
         for run in runs:
             store.append(args.out, run)

@@ -33,6 +33,7 @@ from rlhf_kernels.engine.bench import merged
 from rlhf_kernels.engine.budget.ledger import excess
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.store import Run
+from rlhf_kernels.engine.table import share
 from rlhf_kernels.runtime.dispatch import BACKENDS
 
 Verdict = Literal["faster", "slower", "same", "inconclusive", "missing"]
@@ -101,6 +102,21 @@ class Comparison:
     floor: float | None = None
     processes: tuple[int, int] = (0, 0)
     figures: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the change exceeds the floor, called or not."""
+        return self.ratio is not None and max(self.ratio, 1 / self.ratio) - 1 > self.floor
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether more processes may well call a change: it exceeds the floor, and two thirds of the interval
+        leave out 0, which happens once in five times where there is none."""
+        if self.verdict != "inconclusive" or not self.changed:
+            return False
+        middle = math.log(self.ratio)
+        nearest = math.log(self.ratio_ci[0] if middle > 0 else self.ratio_ci[1])
+        return abs(middle) > 2 / 3 * abs(middle - nearest)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -274,7 +290,7 @@ def _repeats(base: Series, gate: Gate) -> float:
         for row in base.rows
         if row.samples_us
     ]
-    return math.expm1(stats.repeat_limit(runs)) if len(runs) > 1 else gate.unknown
+    return math.expm1(min(stats.repeat_limit(runs), 700.0)) if len(runs) > 1 else gate.unknown
 
 
 def _judge(rows: list[Comparison], gate: Gate) -> None:
@@ -284,21 +300,20 @@ def _judge(rows: list[Comparison], gate: Gate) -> None:
         low, high = row.ratio_ci
         change = max(row.ratio, 1 / row.ratio) - 1
         statistical = p <= gate.level and not low <= 1 <= high
-        practical = change > row.floor
         absolute = abs(row.ratio - 1) * row.base_us > gate.absolute_us
         within = 1 / (1 + row.floor) <= low and high <= 1 + row.floor
-        if statistical and practical and absolute:
+        if statistical and row.changed and absolute:
             row.verdict = "slower" if row.ratio > 1 else "faster"
         elif row.floor > gate.least and row.floor >= gate.blind:
-            row.reason = f"noise alone makes up to {row.floor:.0%}"
+            row.reason = f"noise alone makes up to {share(row.floor)}"
         elif within and min(row.processes) > 1:
             row.verdict = "same"
-        elif practical and not absolute and statistical:
+        elif row.changed and not absolute and statistical:
             row.verdict, row.reason = "same", f"a change below {gate.absolute_us} us"
-        elif practical:
+        elif row.changed:
             row.reason = f"a change of {change:.0%}, but p = {p:.2g} with {min(row.processes)} processes"
         else:
-            row.reason = f"the interval goes beyond the floor of {row.floor:.0%}"
+            row.reason = f"the interval goes beyond the floor of {share(row.floor)}"
 
 
 def _figures(row: Comparison, was: Row, head: Series | None) -> Comparison:

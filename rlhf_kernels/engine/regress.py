@@ -8,7 +8,7 @@ report = found.report()
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,7 +75,8 @@ class Regression:
         pairs: of processes; None means as many as the rank test needs for so many targets.
         seconds: for the rounds of one target in one pair.
         gate: what counts as a change.
-        rerun: doubles the pairs for rows without a verdict, twice at most.
+        rerun: doubles the pairs for every row without a verdict, twice at most. Else, unless `pairs` says how
+            many, only for doubtful ones, whose change more pairs may well call.
         build_command: see `revisions.build`.
     """
 
@@ -89,6 +90,7 @@ class Regression:
     rerun: bool = False
     build_command: str | None = None
     line: str = "rlhf-kernels regress"
+    seed: int = 0
     turns: Turns | None = None
     complete: bool = False
 
@@ -99,34 +101,57 @@ class Regression:
             WorkerError: a build or a measuring process failed.
             UsageError: a worktree's code is not what is imported.
         """
-        pairs = self.pairs or pairs_needed(len(self.targets))
         with checkouts(self.repository, self.commits) as trees:
             for number, (commit, tree) in enumerate(trees.items()):
                 tell(number, len(trees), f"building {commit[:10]}")
                 build(self.repository, commit, tree, self.build_command)
             sides = {side: self._side(trees[commit]) for side, commit in zip(SIDES, self.commits)}
-            self.turns = Turns(sides, self.place, self.seconds)
-            self._pairs(range(pairs), self.targets, tell)
-            for _ in range(_DOUBLINGS if self.rerun else 0):
-                open_rows = {
-                    (row.op, row.case, row.dtype, row.direction, row.impl)
-                    for row in self.report().rows
-                    if row.verdict == "inconclusive"
-                }
-                if not open_rows:
-                    break
-                again = [target for target in self.targets if tuple(target) in open_rows]
-                self._pairs(range(pairs, 2 * pairs), again, tell)
-                pairs *= 2
+            self.by_turns(sides, tell, self._from_the_worktrees)
+
+    def by_turns(self, sides: Mapping[str, Side], tell: Tell, verify: Callable[[], None]) -> None:
+        """Measures what is built: `pairs` of processes, then as many again for rows that need more.
+
+        Args:
+            sides: by SIDES.
+            tell: hears of the progress.
+            verify: is called after each pair.
+
+        Raises:
+            WorkerError: a measuring process failed.
+        """
+        self.turns = Turns(sides, self.place, self.seconds, seed=self.seed)
+        pairs = self.pairs or pairs_needed(len(self.targets), self.gate.level / self.looks)
+        self._pairs(range(pairs), self.targets, tell, verify)
+        for _ in range(self.looks - 1):
+            if not (again := self._undecided()):
+                break
+            self._pairs(range(pairs, 2 * pairs), again, tell, verify)
+            pairs *= 2
         self.complete = True
 
-    def _pairs(self, numbers: range, targets: Sequence[Target], tell: Tell) -> None:
+    @property
+    def looks(self) -> int:
+        """How often the rows are judged at most; each look gets as much of the level."""
+        return 1 + (_DOUBLINGS if self.rerun or not self.pairs else 0)
+
+    def _undecided(self) -> list[Target]:
+        """What is measured again."""
+        rows = {
+            (row.op, row.case, row.dtype, row.direction, row.impl)
+            for row in self.report().rows
+            if row.doubtful or (self.rerun and row.verdict == "inconclusive")
+        }
+        return [target for target in self.targets if tuple(target) in rows]
+
+    def _pairs(
+        self, numbers: range, targets: Sequence[Target], tell: Tell, verify: Callable[[], None]
+    ) -> None:
         total = len(numbers) * len(targets)
         for place, number in enumerate(numbers):
             done = iter(range(place * len(targets), total))
             which = f" (processes {place + 1} of {len(numbers)})"
             self.turns.pair(number, targets, lambda t, d=done, w=which: tell(next(d), total, " ".join(t) + w))
-            self._from_the_worktrees()
+            verify()
         tell(total, total, "done")
 
     def _side(self, tree: Path) -> Side:
@@ -164,8 +189,7 @@ class Regression:
     def report(self) -> Report:
         """The verdicts on what was measured so far; each of several looks gets its part of the level."""
         base, head = self.runs()
-        looks = 1 + (_DOUBLINGS if self.rerun else 0)
-        gate = Gate(self.gate.level / looks, self.gate.least, self.gate.absolute_us)
+        gate = Gate(self.gate.level / self.looks, self.gate.least, self.gate.absolute_us)
         impls = sorted({target.impl for target in self.targets})
         report = compare([base], [head], gate, impls=impls, force=True)
         if len(set(self.commits)) == 1:

@@ -146,7 +146,9 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
         elif path.exists():
             yield path, True
         else:
-            raise UsageError(f"{path} does not exist: expected a result file or a directory of them")
+            raise UsageError(
+                f"{path} does not exist: expected a result file or a directory of such; --op names ops"
+            )
 
 
 def commands(entries: Iterable[Entry]) -> list[str]:

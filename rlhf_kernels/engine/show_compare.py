@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlhf_kernels.engine.compare import Comparison, Report
-from rlhf_kernels.engine.table import duration, markdown, print_notes, print_table
+from rlhf_kernels.engine.table import duration, markdown, print_notes, print_table, share
 
 _NAMES = ("verdict", "op", "implementation", "case", ">base", ">head", ">change", ">95 %", ">floor", "why")
 # A word beside each sign, for those who see no colours.
@@ -48,7 +48,7 @@ def how(report: Report) -> str:
     gate = report.gate
     return (
         "A change is called where its 95 % interval and a rank test over processes "
-        f"(level {gate.level:g} for all rows together) say so, and it exceeds the row's noise floor and "
+        f"(level {gate.level:.2g} for all rows together) say so, and it exceeds the row's noise floor and "
         f"{gate.absolute_us:g} us."
     )
 
@@ -67,5 +67,5 @@ def _cells(row: Comparison) -> list[str]:
     if row.ratio is not None:
         low, high = row.ratio_ci
         change, interval = f"{row.ratio - 1:+.1%}", f"{low - 1:+.1%} to {high - 1:+.1%}"
-        floor = f"{row.floor:.1%}"
+        floor = share(row.floor, 1)
     return [row.verdict, row.op, row.impl, case, *times, change, interval, floor, row.reason]

@@ -100,6 +100,11 @@ def complain(message: str) -> None:
     print(f"\033[31m{message}\033[0m" if red else message, file=sys.stderr)
 
 
+def share(value: float, digits: int = 0) -> str:
+    """'12%'; '1000%+' where more tells nothing."""
+    return f"{value:.{digits}%}" if value <= 10 else "1000%+"
+
+
 def duration(microseconds: float, spread: float = 0.0) -> str:
     """'15.3 us': in the unit that fits, with no more digits than the half width `spread` leaves certain."""
     unit, factor = next(

@@ -36,6 +36,8 @@ _WORKER = Path(__file__).with_name("turns_worker.py")
 SIDES = ("base", "head")
 # A sample: long against the clock and a change of turns, short against what else happens on a machine.
 _SAMPLE_SECONDS = 0.001
+# How many places the data lies in, in one process, and bytes that are taken before each move at most.
+_PLACES, _GAP = 10, 1 << 21
 
 
 class Target(NamedTuple):
@@ -133,7 +135,7 @@ class Turns:
     sides: Mapping[str, Side]
     place: Place
     seconds: float = 0.3
-    rounds: int = 12
+    rounds: int = 20
     seed: int = 0
     hello: dict[str, dict[str, Any]] = field(default_factory=dict)
     _rows: dict[str, dict[Target, list[Row]]] = field(
@@ -180,12 +182,18 @@ class Turns:
     def _rounds(
         self, workers: Mapping[str, Worker], batch: int, draw: random.Random
     ) -> dict[str, list[float]]:
-        """Seconds of one call by rounds; both sides make as many calls a sample."""
+        """Seconds of one call by rounds; both sides make as many calls a sample.
+
+        Where in memory the data lies decides some percent of a time. So the processes move it now and then.
+        """
         samples: dict[str, list[float]] = {side: [] for side in SIDES}
-        start = time.perf_counter()
-        while len(samples["base"]) < self.rounds or time.perf_counter() - start < self.seconds:
-            for side in draw.sample(SIDES, 2):
-                samples[side].append(workers[side].ask("sample", batch=batch)["seconds"])
+        for place in range(_PLACES):
+            for side in draw.sample(SIDES, 2) if place else ():
+                workers[side].ask("move", gap=draw.randrange(_GAP))
+            start, least = time.perf_counter(), self.rounds * (place + 1) / _PLACES
+            while len(samples["base"]) < least or time.perf_counter() - start < self.seconds / _PLACES:
+                for side in draw.sample(SIDES, 2):
+                    samples[side].append(workers[side].ask("sample", batch=batch)["seconds"])
         return samples
 
 

@@ -109,6 +109,12 @@ def test_without_repeated_runs_the_floor_is_wide():
     assert compare(base, head).rows[0].verdict == "slower", "repeated runs show how quiet this machine is"
 
 
+def test_noise_without_end_is_said_shortly():
+    base = [_run([_row([[level] * 3] * 6)], session="base") for level in (1e-6, 1e6)]
+    (row,) = compare(base, [_run([_row([[2.0] * 3] * 6)], session="head")]).rows
+    assert (row.verdict, row.reason) == ("inconclusive", "noise alone makes up to 1000%+")
+
+
 def test_the_floor_is_that_of_the_row():
     draw = random.Random(5)
     base, head = _apart(draw, 0.0, cases=2, hours=0.002)
