@@ -1,17 +1,17 @@
-"""Reproduces the figures of palm_rlhf against what one has: generation, a PPO cycle, a training step.
+"""Reproduces the figures of palm_rlhf against what one has: generation, PPO cycles, a training step.
 
-    python benchmarks/palm_bars.py [generation] [cycle] [step] [--rounds 3] [--threads 2] [--out FILE.jsonl]
+    python benchmarks/palm_bars.py [TASK...] [--rounds 3] [--threads 2] [--impl NAME...] [--out FILE.jsonl]
 
-Needs `make peers`, and an otherwise idle machine. Every implementation runs once before it is timed;
-rounds are interleaved, and the table shows medians and ratios taken round by round. float32 on the CPU.
+Needs `make peers`, and an otherwise idle machine. Every implementation runs once before it is timed, but for
+what takes minutes; rounds are interleaved, and the table shows medians and ratios taken round by round.
+float32 on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -19,15 +19,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from rlhf_kernels.stacks import activate
-from rlhf_kernels.stacks.peer import installed_version
+import palm_cycles  # noqa: E402
+from palm_cycles import OURS, UPSTREAM  # noqa: E402
 
-OURS = "palm_rlhf"
+from rlhf_kernels.stacks import activate  # noqa: E402
+from rlhf_kernels.stacks.peer import installed_version  # noqa: E402
 
 
 def generation() -> dict[str, Callable[[], int]]:
@@ -63,56 +65,9 @@ def generation() -> dict[str, Callable[[], int]]:
 
     return {
         OURS: run_ours,
-        f"palm-rlhf-pytorch {installed_version('palm-rlhf-pytorch')}": run_upstream,
+        UPSTREAM: run_upstream,
         f"transformers {installed_version('transformers')} Llama, cache": run_llama,
     }
-
-
-def cycle() -> dict[str, Callable[[], int]]:
-    """16 rollouts of 256 tokens from 32-token prompts, one epoch; 512 wide, depth 4, V 256, LoRA rank 8.
-
-    A process each, with its models in its memory; theirs, which takes minutes, once.
-    """
-    return {OURS: _our_cycle, f"palm-rlhf-pytorch {installed_version('palm-rlhf-pytorch')}": _their_cycle}
-
-
-def _our_cycle() -> Callable[[], int]:
-    from palm_rlhf import PaLM, RewardModel
-    from palm_rlhf.algorithms.table import ALGORITHMS
-    from palm_rlhf.models.value import Policy, ValueModel
-    from palm_rlhf.rewards import ModelReward
-    from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
-
-    palm = PaLM(dim=512, num_tokens=256, depth=4)
-    reward = ModelReward(RewardModel(palm, num_binned_output=5))
-    for scope in ("actor", "critic"):
-        palm.add_finetune_params(scope)
-    config = OnlineConfig(prompts=16, max_new_tokens=224, minibatch=16, epochs=1, steps=1000)
-    trainer = OnlineTrainer(
-        ALGORITHMS["ppo"], Policy(palm, "actor"), reward, torch.randint(1, 256, (16, 32)).tolist(),
-        config=config, reference=Policy(palm), critic=ValueModel(palm, "critic"),
-    )  # fmt: skip
-
-    def run() -> int:
-        trainer.step(0)
-        return 16 * 224
-
-    return run
-
-
-def _their_cycle() -> Callable[[], int]:
-    from palm_rlhf_pytorch import PaLM, RewardModel, RLHFTrainer
-
-    palm = PaLM(dim=512, num_tokens=256, depth=4)
-    reward = RewardModel(palm, num_binned_output=5)
-    trainer = RLHFTrainer(palm=palm, reward_model=reward, prompt_token_ids=torch.randint(1, 256, (16, 32)))
-
-    def run() -> int:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            trainer.train(num_episodes=1, max_timesteps=16, update_timesteps=16, max_seq_len=256)
-        return 16 * 224
-
-    return run
 
 
 def step() -> dict[str, Callable[[], int]]:
@@ -137,11 +92,13 @@ def step() -> dict[str, Callable[[], int]]:
     sizes = {"dim": 512, "num_tokens": 256, "depth": 4}
     return {
         OURS: of(PaLM(**sizes)),
-        f"palm-rlhf-pytorch {installed_version('palm-rlhf-pytorch')}": of(Upstream(**sizes)),
+        UPSTREAM: of(Upstream(**sizes)),
     }
 
 
-TASKS = {"generation": generation, "cycle": cycle, "step": step}
+TASKS = {"generation": generation, "step": step}
+# Their makers return what makes one.
+CYCLES = {"cycle": palm_cycles.cycle, "ppo": palm_cycles.ppo, "ppo_lora": palm_cycles.ppo_lora}
 
 
 def timed(run: Callable[[], int]) -> float:
@@ -151,52 +108,98 @@ def timed(run: Callable[[], int]) -> float:
     return tokens / (time.perf_counter() - began)
 
 
-def measure(task: str, rounds: int) -> dict[str, list[float]]:
+def interleaved(names: list[str], rounds: int, speed: Callable[[str, int], float]) -> dict[str, list[float]]:
+    """What `speed` finds for every implementation, round by round, every other round from the last on."""
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(rounds):
+        for name in names if index % 2 == 0 else reversed(names):
+            speeds[name].append(speed(name, index))
+    return speeds
+
+
+def measure(task: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Tokens per second of every implementation, round by round."""
     torch.manual_seed(0)
     runs = TASKS[task]()
     for run in runs.values():
         run()
-    speeds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds):
-        order = list(runs) if index % 2 == 0 else list(reversed(runs))
-        for name in order:
-            speeds[name].append(timed(runs[name]))
-    return speeds
+    found = interleaved(list(runs), rounds, lambda name, _: timed(runs[name]))
+    return {name: {"tokens_per_s": speeds} for name, speeds in found.items()}
 
 
-def in_process(task: str, name: str, threads: int) -> tuple[float, float]:
-    """Tokens per second, and peak memory in MB above that of the imports, of one call in a process."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import palm_bars as b; "
-        f"b.alone({task!r}, {name!r}, {threads})"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    speed, memory = map(float, found.stdout.split()[-2:])
-    return speed, memory
+def in_process(task: str, name: str, threads: int) -> dict[str, float]:
+    """What `alone` finds in a process of its own."""
+    code = f"import palm_bars as b; b.alone({task!r}, {name!r}, {threads})"
+    found = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )  # fmt: skip
+    return json.loads(found.stdout.splitlines()[-1])
 
 
 def alone(task: str, name: str, threads: int) -> None:
-    """Runs one implementation once and prints what `in_process` returns."""
+    """Prints of a cycle: speed, processor time, peak MB above that of the imports, how much is trained."""
     activate()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    make = TASKS[task]()[name]
     import palm_rlhf_pytorch  # noqa: F401  its imports count for neither
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    speed = timed(make())
-    print(speed, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    cycle = CYCLES[task]()[name]()
+    if name != UPSTREAM:  # whose cycle takes minutes: what only a first one does is nothing of it
+        cycle.run()
+    began = time.process_time()
+    speed = timed(cycle.run)
+    processor = time.process_time() - began
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    found = {"tokens_per_s": speed, "processor_s": processor, "memory_mb": memory, "trained": cycle.trained}
+    print(json.dumps(found))
 
 
-def measure_cycle(rounds: int, threads: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Tokens per second and memory of a PPO cycle."""
-    speeds, memory = {}, {}
-    for name in (OURS, f"palm-rlhf-pytorch {installed_version('palm-rlhf-pytorch')}"):
-        found = [in_process("cycle", name, threads) for _ in range(rounds if name == OURS else 1)]
-        speeds[name] = [speed for speed, _ in found]
-        memory[name] = statistics.median(most for _, most in found)
-    return speeds, memory
+def measure_cycle(
+    task: str, rounds: int, threads: int, only: list[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Tokens per second, memory and number of trained parameters of each implementation; upstream once."""
+    names = [name for name in CYCLES[task]() if not only or name in only]
+    ran: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+
+    def speed(name: str, index: int) -> float:
+        if name != UPSTREAM or index == 0:
+            ran[name].append(in_process(task, name, threads))
+        return ran[name][-1]["tokens_per_s"]
+
+    interleaved(names, rounds, speed)
+    return {
+        name: {
+            "tokens_per_s": [each["tokens_per_s"] for each in found],
+            "processor_s": [each["processor_s"] for each in found],
+            "memory_mb": statistics.median(each["memory_mb"] for each in found),
+            "trained": found[0]["trained"],
+        }
+        for name, found in ran.items()
+    }
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Medians, and how many times as fast ours is round by round; of a cycle by processor time as well."""
+    lines = []
+    for name, row in found.items():
+        line = f"  {name:34} {statistics.median(row['tokens_per_s']):9.1f} tokens/s"
+        if OURS in found:
+            line += f"   ours {_ratio(found[OURS]['tokens_per_s'], row['tokens_per_s']):.2f}x"
+            if "processor_s" in row:
+                line += f", {_ratio(row['processor_s'], found[OURS]['processor_s']):.2f}x by processor time"
+        if "memory_mb" in row:
+            line += f"   {row['memory_mb']:.0f} MB   {row['trained']:,} trained"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    """The median of the rounds' ratios; what was measured once stands beside each round of the other."""
+    most = max(len(above), len(below))
+    above, below = (values * most if len(values) == 1 else values for values in (above, below))
+    return statistics.median(a / b for a, b in zip(above, below))
 
 
 def main() -> None:
@@ -204,28 +207,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], help="what to measure; all by default")
+    tasks = TASKS | CYCLES
+    parser.add_argument("tasks", nargs="*", choices=[*tasks, []], help="what to measure; all by default")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
+    parser.add_argument("--impl", nargs="*", help="of a cycle, these implementations alone")
     parser.add_argument("--out", type=Path, help="append the raw figures to this file")
     options = parser.parse_args()
     activate()
     torch.set_num_threads(options.threads)
-    for task in options.tasks or TASKS:
-        memory: dict[str, float] = {}
-        if task == "cycle":
-            speeds, memory = measure_cycle(options.rounds, options.threads)
+    for task in options.tasks or tasks:
+        if task in CYCLES:
+            found = measure_cycle(task, options.rounds, options.threads, options.impl)
         else:
-            speeds = measure(task, options.rounds)
-        print(f"\n{task}: {TASKS[task].__doc__}")
-        for name, found in speeds.items():
-            ratio = statistics.median(ours / theirs for ours, theirs in zip(speeds[OURS], found))
-            line = f"  {name:45} {statistics.median(found):9.0f} tokens/s   ours {ratio:.2f}x"
-            print(line + (f"   {memory[name]:.0f} MB" if memory else ""), flush=True)
-            if options.out:
-                row = {"task": task, "impl": name, "tokens_per_s": found, "threads": options.threads,
-                       "torch": torch.__version__, "memory_mb": memory.get(name)}  # fmt: skip
-                with options.out.open("a") as file:
+            found = measure(task, options.rounds)
+        print(f"\n{task}: {tasks[task].__doc__}\n{table(found)}", flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                for name, row in found.items():
+                    row = {"task": task, "impl": name, **row, "threads": options.threads,
+                           "torch": torch.__version__}  # fmt: skip
                     file.write(json.dumps(row) + "\n")
 
 

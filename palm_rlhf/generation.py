@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palm_rlhf.models.protocol import CausalModel
+from palm_rlhf.models.protocol import CausalModel, Head
 from palm_rlhf.seeds import seeds_of, uniforms
 from rlhf_kernels import sample
+from rlhf_kernels.runtime.linear import pack, packed_linear
 
 # Rows that have stopped are dropped from the cache once they are this share of it.
 _DROP = 0.25
+# Steps from which a copy of the head in oneDNN's layout is made.
+_REPAID = 16
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def generate(
     ends = [stop] if isinstance(stop, int) else sorted(stop or ())
     for name, ids in (("stop", ends), ("pad", [pad])):
         _in_vocabulary(model, name, ids)
-    policy, head = model.for_sampling(scope), model.head
+    policy, logits = model.for_sampling(scope), _Logits(model.head, max_new_tokens)
     rows = _Rows(tokens, mask, max_new_tokens, pad, ends)
     kept = policy.new_cache(len(tokens), tokens.shape[1] + max_new_tokens) if cache else None
     fresh, fresh_mask = tokens, None if bool(mask.all()) else mask
@@ -193,9 +196,7 @@ def generate(
             uniform = uniform.to(tokens.device)[rows.live]
         else:
             uniform = uniforms(seeds[rows.live], steps)
-        drawn = sample(
-            _logits(hidden, head), temperature=temperature, top_k=top_k, top_p=top_p, uniform=uniform
-        )
+        drawn = sample(logits(hidden), temperature=temperature, top_k=top_k, top_p=top_p, uniform=uniform)
         rows.record(steps, *drawn)
         steps += 1
         if on_token is not None:
@@ -315,11 +316,28 @@ def _uncached(policy: CausalModel, tokens: Tensor, mask: Tensor) -> Tensor:
     return policy.hidden_states(tokens, mask=mask)[:, -1]
 
 
-def _logits(hidden: Tensor, head: Any) -> Tensor:
+class _Logits:
+    """The projection to the vocabulary, by a packed copy of the head where so many steps repay it."""
+
+    def __init__(self, head: Head, steps: int) -> None:
+        self._head = head
+        with _without_autocast(head.weight):
+            self._packed = pack(head.weight) if steps >= _REPAID else None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[B, V] of hidden [B, E]."""
+        weight, bias, softcap = self._head
+        with _without_autocast(hidden):
+            if self._packed is None:
+                logits = F.linear(hidden, weight, bias)
+            else:
+                logits = packed_linear(hidden, self._packed, bias)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
     # As the learner's: logits of 16 bits would move a log-probability by more than an update does.
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden, head.weight, head.bias)
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def best_of(

@@ -15,7 +15,7 @@ TORCH_VERSION=${TORCH_VERSION:-2.13.0}
 TRITON_NEWEST=${TRITON_NEWEST:-triton==3.9.0}
 venv=.venv
 stamp=$venv/.installed
-wanted=$(cat pyproject.toml tools/setup.sh | cksum | cut -d' ' -f1)
+wanted=$(cat pyproject.toml tools/setup.sh tools/constraints.txt | cksum | cut -d' ' -f1)
 
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
 
@@ -45,15 +45,19 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     install_torch_cpu
   fi
   say "installing build and test dependencies"
-  "$venv/bin/python" -m pip install --quiet "setuptools>=77" ninja pybind11
   "$venv/bin/python" -c 'import triton' 2>/dev/null || "$venv/bin/python" -m pip install --quiet triton==3.6.0
-  "$venv/bin/python" -m pip install --quiet "numpy<2.4" clang-format codespell
-  "$venv/bin/python" - <<'PY' | xargs -d '\n' "$venv/bin/python" -m pip install --quiet
+  "$venv/bin/python" - >"$venv/packages.txt" <<'PY'
 import re
 from pathlib import Path
 extras = re.findall(r'^(?:cli|report|test|train) = \[(.*)\]$', Path("pyproject.toml").read_text(), re.M)
-print("\n".join(sorted({item for line in extras for item in re.findall(r'"([^"]+)"', line)})))
+found = {item for line in extras for item in re.findall(r'"([^"]+)"', line)}
+print("\n".join(sorted(found | {"setuptools>=77", "ninja", "pybind11", "clang-format", "codespell"})))
 PY
+  packages=(-r "$venv/packages.txt")
+  "$venv/bin/python" -m pip install --quiet -c tools/constraints.txt "${packages[@]}" || {
+    say "not all versions of tools/constraints.txt are to be had for this Python: installing the newest"
+    "$venv/bin/python" -m pip install --quiet "${packages[@]}"
+  }
   rm -rf "$venv/triton-newest"
   "$venv/bin/python" -m pip install --quiet --no-deps --target "$venv/triton-newest" "$TRITON_NEWEST" ||
     say "no $TRITON_NEWEST for this interpreter: the interpreter tests run with one Triton only"

@@ -2,6 +2,7 @@
 
     python benchmarks/learning/arithmetic.py --rows ppo grpo rloo --seeds 1 2 3
     python benchmarks/learning/arithmetic.py --rows ppo --seeds 1 --tune --out /tmp/tune
+    python benchmarks/learning/arithmetic.py --rates
 
 The steps are sums, differences and products of whole numbers up to 99, each once; a fifth of them is held
 out, and no text, rollout or pair has any of these. All other problems of that kind are there to practise
@@ -149,7 +150,9 @@ def main() -> None:
     prompts, evaluate = practice(problems), evaluation(problems)
     for seed in args.seeds:
         settings = {**asdict(SFT), "seed": seed, **SHAPE, "slips": SLIPS, "tune": args.tune}
-        model, metrics = kept(f"arithmetic-{seed}", settings, partial(sft, prompts, stop, seed))
+        model, metrics = kept(
+            f"arithmetic-{seed}{'-tune' * args.tune}", settings, partial(sft, prompts, stop, seed)
+        )
         start = Start(model, TOKENS, stop)
         before = evaluate(model, torch.Generator().manual_seed(seed))
         _, best = best_of(
@@ -165,6 +168,8 @@ def main() -> None:
                 problems=len(prompts), held_out=len(best), after=before,
             )  # fmt: skip
         task = Task(
+            "arithmetic",
+            "sampled",
             start,
             [TOKENS.encode(prompt) for prompt in prompts],
             reward,

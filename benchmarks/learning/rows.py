@@ -42,6 +42,8 @@ KEPT = (
     "loss", "margin", "accuracy", "validation_loss", "held_out_accuracy",
 )  # fmt: skip
 POINTS, DIGITS = 100, 5
+# Rates of the rows that learn from pairs, of which each row has the one that judged best with --tune.
+RATES = (3e-4, 1e-4, 3e-5)
 Evaluate = Callable[[PaLM, torch.Generator], Mapping[str, float]]
 # A model after training, and the metrics of every step.
 Trained = tuple[PaLM, list[dict[str, float]]]
@@ -73,6 +75,7 @@ class Task:
     """What the rows learn from, and how they are run.
 
     Attributes:
+        name: the script's. judged: what of a model's evaluation says how good it is.
         start: where they begin.
         prompts: token ids. reward: of responses to them.
         pairs: makes the pairs for offline rows, from as many samples as online rows draw.
@@ -81,6 +84,8 @@ class Task:
         evaluate: what a model is judged by.
     """
 
+    name: str
+    judged: str
     start: Start
     prompts: Sequence[Sequence[int]]
     reward: Callable[[Generation], Tensor]
@@ -100,19 +105,27 @@ def parsed(doc: str, out: Path) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default: 1 2 3")
     parser.add_argument("--out", type=Path, default=out, help="folder of the results")
     parser.add_argument("--tune", action="store_true", help="judge by a part of what is learned from")
+    parser.add_argument(
+        "--rates", action="store_true",
+        help=f"--tune all rows that learn from pairs, at each of {RATES} and seed 1, in a folder of its own",
+    )  # fmt: skip
     for name, what in (("config", "OnlineConfig or OfflineConfig"), ("options", "the algorithm's options")):
         parser.add_argument(
             f"--{name}", type=ast.literal_eval, default={}, help=f"fields of {what} over the row's, as a dict"
         )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rates:
+        args.tune, args.rows, args.seeds = True, list(PAIR_ALGORITHMS), [1]
+        args.out = args.out.with_name(f"{args.out.name}-tune")
+    return args
 
 
 def every_row(args: argparse.Namespace, task: Task, seed: int, before: Mapping[str, float]) -> None:
     """The rows that the command line names, each from the start to its file."""
     pairs: list[Pair] = []
-    for name in args.rows:
+    for name, rate in [(row, rate) for row in args.rows for rate in rates(row, task, args.rates)]:
         setting = task.settings.get(name, Setting())
-        setting = Setting({**setting.config, **args.config}, {**setting.options, **args.options})
+        setting = Setting({**setting.config, **rate, **args.config}, {**setting.options, **args.options})
         facts = {"row": name, "seed": seed, "samples": task.online.steps * task.online.prompts}
         if name in ALGORITHMS:
             config = replace(task.online, seed=seed)
@@ -123,7 +136,7 @@ def every_row(args: argparse.Namespace, task: Task, seed: int, before: Mapping[s
             config, facts["pairs"] = replace(task.offline, seed=seed), len(pairs)
         config = replace(config, **setting.config)
         facts["settings"] = asdict(config) | dict(setting.options)
-        path = args.out / f"{name}-{seed}.json"
+        path = args.out / (f"{name}-{rate['lr']:g}-{seed}.json" if args.rates else f"{name}-{seed}.json")
         if path.exists():
             print(f"{path.name}: is there", flush=True)
             continue
@@ -144,6 +157,39 @@ def every_row(args: argparse.Namespace, task: Task, seed: int, before: Mapping[s
         )
         said = ", ".join(f"{key} {before[key]:.3f} to {after[key]:.3f}" for key in after if key in before)
         print(f"{path.name}: {said} ({seconds:.0f} s)", flush=True)
+
+
+def rates(name: str, task: Task, every: bool) -> list[dict[str, float]]:
+    """Fields of a row's config: its rate if it learns from pairs, or every one to compare them.
+
+    Raises:
+        ValueError: they were not compared.
+    """
+    if name not in PAIR_ALGORITHMS:
+        return [{}]
+    if every:
+        return [{"lr": rate} for rate in RATES]
+    found = compared(task.name, task.judged).get(name, {})
+    if set(found) != set(RATES):
+        raise ValueError(
+            f"{name} needs its rate: expected runs at {sorted(RATES)}, got {sorted(found)}. "
+            f"Run {task.name}.py --rates"
+        )
+    return [{"lr": chosen_rate(found)}]
+
+
+def compared(task: str, judged: str) -> dict[str, dict[float, float]]:
+    """What rows that learn from pairs were judged by at each rate, with --rates."""
+    found: dict[str, dict[float, float]] = {}
+    for run in read(RESULTS / f"{task}-tune"):
+        if run["row"] in PAIR_ALGORITHMS:
+            found.setdefault(run["row"], {})[run["settings"]["lr"]] = run["after"][judged]
+    return found
+
+
+def chosen_rate(found: Mapping[float, float]) -> float:
+    """Of rates and what they were judged by the best; of equals the smallest."""
+    return max(sorted(found), key=lambda rate: found[rate])
 
 
 def kept(name: str, settings: Mapping[str, Any], make: Callable[[], Trained]) -> Trained:

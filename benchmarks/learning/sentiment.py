@@ -2,20 +2,24 @@
 
     python benchmarks/learning/sentiment.py --rows ppo grpo rloo --seeds 1 2 3
     python benchmarks/learning/sentiment.py --rows ppo --seeds 1 --tune --out /tmp/tune
+    python benchmarks/learning/sentiment.py --rates
 
-The training sentences are divided: the reward model learns from one part, the judge, naive Bayes, from the
-other; so neither the policy nor its reward has seen the judge or its labels. The language model has read
-all of them, without labels. Rows continue the first words of training sentences and are rewarded by the
-reward model's probability of `positive`; the judge reads whole sentences that begin as those of the
-development set do. With --tune a tenth of the training sentences stands for the development set.
+The training sentences are divided: the reward, networks and naive Bayes together, learns from one part, the
+judge, naive Bayes, from the other; so neither the policy nor its reward has seen the judge or its labels. The
+language model has read all of them, without labels. Rows continue the first words of training sentences and
+are rewarded by the probability of `positive`; the judge reads whole sentences that begin as sentences of the
+development set do, half of them positive ones. So does VADER, where `vaderSentiment` is installed. With
+--tune a tenth of the training sentences stands for the development set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
+import judges
 import torch
 from rows import (
     DATA,
@@ -38,35 +42,34 @@ from palm_rlhf.evaluate import distinct
 from palm_rlhf.generation import Generation, best_of, generate
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy, frozen
-from palm_rlhf.rewards import ModelReward, RewardModel
+from palm_rlhf.rewards import Ensemble
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.tasks import text
 from palm_rlhf.tasks.pairs import Labelled, Pair
-from palm_rlhf.tasks.sentiment import NaiveBayes, parts, read_sst2
+from palm_rlhf.tasks.sentiment import parts, read_sst2
 from palm_rlhf.tokens import Tokenizer
 from palm_rlhf.trainers.offline import OfflineConfig
 from palm_rlhf.trainers.online import OnlineConfig
-from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
 from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer
 
 # Words of a sentence that are its prompt, tokens that a continuation may have, and prompts that judge.
 WORDS, NEW, JUDGED = 3, 20, 400
 VOCABULARY = 4000
 LONGEST = 22  # words of the sentences that the language model reads
-SHARES = (0.7, 0.3)  # of the reward model and of the judge
+SHARES = (0.6, 0.4)  # of the reward model and of the judge
 SHAPE = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "ff_mult": 4}
-REWARD_SHAPE = {"dim": 64, "depth": 1, "heads": 2, "dim_head": 16, "ff_mult": 1}
 SFT = SFTConfig(steps=300, batch=32, lr=3e-3, warmup=50, final_lr=0.0, weight_decay=0.5)
-REWARD = RewardConfig(epochs=2, batch=32, lr=3e-3, weight_decay=0.1, eval_every=10_000)
-SIZE, GROUP, ROLLOUTS = 64, 8, 100
+SIZE, GROUP, ROLLOUTS = 64, 8, 120
 ONLINE = OnlineConfig(
-    prompts=SIZE, max_new_tokens=NEW, epochs=2, minibatch=32, policy_lr=5e-4, critic_lr=1e-3, warmup=3,
+    prompts=SIZE, max_new_tokens=NEW, epochs=2, minibatch=32, policy_lr=7e-4, critic_lr=1e-3, warmup=3,
     steps=ROLLOUTS,
 )  # fmt: skip
 OFFLINE = OfflineConfig(epochs=2, batch=32, lr=3e-4, warmup=10)
 # In the reward, whose scale is 1: in the loss, a policy finds what the reward model overrates.
-HELD = {"kl_coef": 0.04, "kl_in": "reward", "kl": "k1"}
-CRITIC = Setting({"critic_warmup": 2}, {"kl_coef": 0.02, "value_coef": 0.5})
+HELD = {"kl_coef": 0.02, "kl_in": "reward", "kl": "k1", "kl_target": 7.5, "kl_horizon": 640.0}
+CRITIC = Setting({"critic_warmup": 2}, {**HELD, "value_coef": 0.5})
+# Under which name a judge's share of positive sentences is written.
+PLACES = {"judge": "positive", "vader": "positive_by_vader"}
 SETTINGS: Mapping[str, Setting] = {
     **{name: Setting({}, HELD) for name in ALGORITHMS},
     "ppo": CRITIC,
@@ -79,11 +82,11 @@ class World:
     """What all runs of a seed share."""
 
     start: Start
-    reward: ModelReward
-    judge: NaiveBayes
+    reward: Ensemble
+    judges: dict[str, Callable[[str], float]]
     prompts: list[list[int]]
     judged: list[list[int]]
-    facts: dict[str, float]
+    facts: dict[str, Any]
     metrics: list[dict[str, float]]
 
 
@@ -104,15 +107,6 @@ def language_model(train: Sequence[Labelled], tokens: Tokenizer, seed: int) -> T
     return frozen(model), metrics
 
 
-def called_positive(judge: NaiveBayes, examples: Sequence[Labelled]) -> dict[str, float]:
-    """The share that the judge calls positive of sentences that people call positive, and negative."""
-    found = {}
-    for label, name in ((1, "positive"), (0, "negative")):
-        own = [judge(example.text) > 0 for example in examples if example.label == label]
-        found[f"judge_on_{name}"] = sum(own) / len(own)
-    return found
-
-
 def world(seed: int, tune: bool) -> World:
     """Language model, reward model and judge; to tune, a tenth of the training sentences stands for dev."""
     train = read_sst2(DATA / "sst2" / "train.tsv")
@@ -120,24 +114,34 @@ def world(seed: int, tune: bool) -> World:
     for_reward, for_judge = parts(train, SHARES, 0)
     tokens = learned_tokenizer([example.text for example in train], VOCABULARY)
     settings = {**asdict(SFT), "seed": seed, **SHAPE, "vocabulary": VOCABULARY, "tune": tune}
-    model, metrics = kept(f"sentiment-{seed}", settings, partial(language_model, train, tokens, seed))
-    # Shallow and from nothing: from the language model it learns its examples by heart sooner.
-    torch.manual_seed(seed)
-    body = PaLM(num_tokens=tokens.vocabulary, **REWARD_SHAPE)
-    scorer = RewardModel(body, dropout=0.3, num_binned_output=2, use_lora=False, pooling="mean")
-    learner = RewardTrainer(scorer, for_reward, tokens, config=replace(REWARD, seed=seed), held_out=dev)
-    for i in range(learner.steps):
-        found = learner.step(i)
-    judge = NaiveBayes(for_judge)
-    facts = called_positive(judge, dev) | {
-        "reward_accuracy": found["held_out_accuracy"], "judge_accuracy": judge.accuracy(dev), "dev": len(dev),
-        "reward_examples": len(for_reward),
-        "judge_examples": len(for_judge),
+    model, metrics = kept(
+        f"sentiment-{seed}{'-tune' * tune}", settings, partial(language_model, train, tokens, seed)
+    )
+    scorer = judges.reward(for_reward, tokens, seed)
+    together, each = judges.reward_accuracy(scorer, dev, tokens)
+    facts = {
+        "reward_accuracy": together, "members": each, "reward_examples": len(for_reward),
+        "judge_examples": len(for_judge), "dev": len(dev),
     }  # fmt: skip
+    who = {"judge": judges.judge(for_judge), "vader": judges.vader()}
+    who = {name: judge for name, judge in who.items() if judge is not None}
+    for name, judge in who.items():
+        facts |= judges.called_positive(judge, dev, name)
     return World(
-        Start(model, tokens, tokens.stop), ModelReward(scorer.requires_grad_(False), micro_batch=256), judge,
-        beginnings(train, tokens), beginnings(dev, tokens)[:JUDGED], facts, metrics,
-    )  # fmt: skip
+        Start(model, tokens, tokens.stop),
+        scorer,
+        who,
+        beginnings(train, tokens),
+        judged_by(dev, tokens),
+        facts,
+        metrics,
+    )
+
+
+def judged_by(dev: Sequence[Labelled], tokens: Tokenizer) -> list[list[int]]:
+    """JUDGED beginnings, half of them of positive sentences."""
+    halves = ([example for example in dev if example.label == label] for label in (1, 0))
+    return [prompt for half in halves for prompt in beginnings(half, tokens)[: JUDGED // 2]]
 
 
 def sentences(drawn: Generation, tokens: Tokenizer, whole: bool = True) -> list[str]:
@@ -151,9 +155,10 @@ def measured(w: World, drawn: Generation) -> dict[str, float]:
     """What the judge finds, and how far the policy is from the start, on these samples."""
     reference = Policy(w.start.model)(drawn.tokens, drawn.mask, drawn.prompt_width)[0]
     rollout = Rollout(drawn, 1.0, torch.zeros(len(drawn.tokens)), reference_logprob=reference)
-    judged = [w.judge(sentence) > 0 for sentence in sentences(drawn, w.start.tokenizer)]
+    whole = sentences(drawn, w.start.tokenizer)
+    said = {name: [judge(sentence) > 0 for sentence in whole] for name, judge in w.judges.items()}
     return {
-        "positive": sum(judged) / len(judged),
+        **{PLACES[name]: sum(found) / len(found) for name, found in said.items()},
         "reward": float(w.reward(drawn).mean()),
         "kl": float(response_kl(rollout).mean()),
         "distinct_2": distinct(sentences(drawn, w.start.tokenizer, whole=False), 2),
@@ -212,10 +217,13 @@ def main() -> None:
         if w.metrics or not path.exists():
             write(
                 path, w.metrics, row="sft", seed=seed, settings=asdict(SFT) | SHAPE,
-                reward_settings=asdict(REWARD) | REWARD_SHAPE, after=before, best_of_4=best, **w.facts,
+                reward_settings=asdict(judges.CONFIG) | judges.SHAPE, after=before, best_of_4=best, **w.facts,
             )  # fmt: skip
         pairs = partial(best_and_worst, w, seed)
-        task = Task(w.start, w.prompts, w.reward, pairs, ONLINE, OFFLINE, SETTINGS, GROUP, evaluate)
+        task = Task(
+            "sentiment", "positive", w.start, w.prompts, w.reward, pairs, ONLINE, OFFLINE, SETTINGS, GROUP,
+            evaluate,
+        )  # fmt: skip
         every_row(args, task, seed, before)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rows import RESULTS, read
+from rows import RATES, RESULTS, chosen_rate, compared, read
 
 from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS
 from palm_rlhf.algorithms.table import ALGORITHMS
@@ -22,6 +22,8 @@ from rlhf_kernels.runtime.files import write_aside
 PAGE = Path(__file__).parents[2] / "docs" / "learning.md"
 TEXT = Path(__file__).with_name("learning.md.in")
 KINDS = (("online", ALGORITHMS), ("offline", PAIR_ALGORITHMS))
+# What says how good a model is.
+JUDGED = {"arithmetic": "sampled", "sentiment": "positive"}
 Run = dict[str, Any]
 HELP = 5  # points
 
@@ -98,27 +100,35 @@ def bar(what: str, wanted: str, found: str, met: bool) -> list[str]:
     return [what, wanted, found, "met" if met else "missed"]
 
 
+def seeds(runs: list[Run]) -> str:
+    """How many there are."""
+    return f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+
+
+def positive_bar(name: str, runs: list[Run]) -> list[str]:
+    """Of sentiment: every seed must be there."""
+    share, kl = of(runs, "after", "positive"), of(runs, "after", "kl")
+    variety = [run["after"]["distinct_2"] / run["before"]["distinct_2"] for run in runs]
+    return bar(
+        f"sentiment, `{name}`, {seeds(runs)}",
+        "85 % positive by the judge from about 50 %, KL at most 10, distinct-2 at least 70 %",
+        f"{percent(of(runs, 'before', 'positive'))} to {percent(share)} %, KL at most {max(kl):.1f}, "
+        f"at least {100 * min(variety):.0f} %",
+        min(share) >= 0.85 and max(kl) <= 10 and min(variety) >= 0.7,
+    )
+
+
 def bars(runs: dict[str, dict[str, list[Run]]]) -> str:
     """What had to be true, and what is: the least over seeds where more is better."""
     lines, a, b = [], runs["sentiment"], runs["arithmetic"]
     for name in ("ppo", "grpo", "rloo"):
         if name in b:
             least = min(100 * (run["after"]["sampled"] - run["before"]["sampled"]) for run in b[name])
-            what = f"arithmetic, `{name}`, {len(b[name])} seeds"
+            what = f"arithmetic, `{name}`, {seeds(b[name])}"
             lines.append(bar(what, "+25 points on held-out problems", f"{least:+.1f}", least >= 25))
     for name in ("ppo", "grpo", "rloo"):
-        for run in a.get(name, []):
-            share, kl = run["after"]["positive"], run["after"]["kl"]
-            variety = run["after"]["distinct_2"] / run["before"]["distinct_2"]
-            lines.append(
-                bar(
-                    f"sentiment, `{name}`, seed {run['seed']}",
-                    "85 % positive by the judge from about 50 %, KL at most 10, distinct-2 at least 70 %",
-                    f"{100 * run['before']['positive']:.1f} to {100 * share:.1f} %, KL {kl:.1f}, "
-                    f"{100 * variety:.0f} %",
-                    share >= 0.85 and kl <= 10 and variety >= 0.7,
-                )
-            )
+        if name in a:
+            lines.append(positive_bar(name, a[name]))
     for run in a.get("sft", []):
         found = run["reward_accuracy"]
         what = f"reward model, seed {run['seed']}"
@@ -157,23 +167,27 @@ def arithmetic(runs: dict[str, list[Run]]) -> str:
 def sentiment(runs: dict[str, list[Run]]) -> str:
     """Positive continuations by the judge."""
     head = (
-        "row", "kind", "seeds", "positive, %", "KL, nats", "distinct-2", "of the start's", "reward", "tokens",
+        "row", "kind", "seeds", "positive, %", "by VADER, %", "KL, nats", "distinct-2", "of the start's",
+        "reward", "tokens",
     )  # fmt: skip
 
     def measured(some: Sequence[Run], key: str = "after") -> list[str]:
         first = [run.get("before", run["after"])["distinct_2"] for run in some]
+        vader = [run[key]["positive_by_vader"] for run in some if "positive_by_vader" in run[key]]
         share = [run[key]["distinct_2"] / one for run, one in zip(some, first)]
         return [
-            percent(of(some, key, "positive")), number(of(some, key, "kl")),
+            percent(of(some, key, "positive")), percent(vader) if len(vader) == len(some) else "-",
+            number(of(some, key, "kl")),
             number(of(some, key, "distinct_2")), f"{100 * statistics.mean(share):.0f} %",
             number(of(some, key, "reward")), number(of(some, key, "tokens"), 1),
         ]  # fmt: skip
 
     start = runs["sft"]
-    best = measured(start, "best_of_4")
-    best[1] = "0.64"  # log 4 - 3/4: of a choice, not of the samples' log-probabilities
+    first, best = measured(start), measured(start, "best_of_4")
+    first[2] = "0"
+    best[2] = "0.64"  # log 4 - 3/4: of a choice, not of the samples' log-probabilities
     lines = [
-        ["SFT start", "", str(len(start)), *measured(start)],
+        ["SFT start", "", str(len(start)), *first],
         ["best of 4 of the start", "", str(len(start)), *best],
     ]
     return f"{table(head, lines + rows_of(runs, measured))}\n\n{plainly(runs, 'positive')}"
@@ -181,20 +195,40 @@ def sentiment(runs: dict[str, list[Run]]) -> str:
 
 def judges(runs: dict[str, list[Run]]) -> str:
     """The reward model and the judge on SST-2's development set."""
-    lines, said = [], ""
-    for run in runs["sft"]:
-        for what, label in (("reward", "reward model"), ("judge", "judge (naive Bayes)")):
+    lines, start = [], runs["sft"]
+    for what, label in (("reward", "reward"), ("judge", "judge"), ("vader", "VADER")):
+        for run in start:
+            if f"{what}_accuracy" not in run:
+                continue
             share, total = run[f"{what}_accuracy"], run["dev"]
             _, low, high, _ = wilson(share * total, total)
+            called = [run.get(f"{what}_on_{kind}") for kind in ("positive", "negative")]
             lines.append(
-                [label, str(run["seed"]), str(run[f"{what}_examples"]), f"{100 * share:.1f}",
-                 f"{100 * low:.1f} to {100 * high:.1f}"]
+                [label, str(run["seed"]), str(run.get(f"{what}_examples", 0)), f"{100 * share:.1f}",
+                 f"{100 * low:.1f} to {100 * high:.1f}",
+                 *("-" if one is None else f"{100 * one:.1f}" for one in called)]
             )  # fmt: skip
-        said = (
-            f"The judge calls {100 * run['judge_on_positive']:.1f} % of the positive sentences of the "
-            f"development set positive, and {100 * run['judge_on_negative']:.1f} % of the negative ones."
-        )
-    return table(("", "seed", "examples", "dev accuracy, %", "95 %"), lines) + f"\n\n{said}"
+            if what != "reward":  # the same in every run
+                break
+    members = "; ".join(
+        f"seed {run['seed']}: {', '.join(f'{100 * one:.1f}' for one in run['members'])}" for run in start
+    )
+    head = (
+        "", "seed", "sentences learned", "dev accuracy, %", "95 %", "of positive ones called positive, %",
+        "of negative ones, %",
+    )  # fmt: skip
+    return f"{table(head, lines)}\n\nThe reward's members alone, networks and naive Bayes, %: {members}."
+
+
+def tried(task: str, key: str) -> str:
+    """Rows that learn from pairs at every rate, judged with --tune; the rate that a row has is bold."""
+    found, lines = compared(task, key), []
+    for name in PAIR_ALGORITHMS:
+        if len(found.get(name, ())) == len(RATES):
+            best = chosen_rate(found[name])
+            cells = (f"{100 * found[name][rate]:.1f}" for rate in RATES)
+            lines.append([f"`{name}`", *(f"**{c}**" if r == best else c for r, c in zip(RATES, cells))])
+    return table(("row", *(f"{rate:g}" for rate in RATES)), lines) if lines else "Not all run."
 
 
 def preferences(runs: dict[str, list[Run]]) -> str:
@@ -221,6 +255,10 @@ def page() -> str:
         for maker in makers:
             made = maker(runs[folder]) if runs[folder] else "Not run."
             text = text.replace(f"<!-- {maker.__name__} -->", made)
+    for task, key in JUDGED.items():
+        text = text.replace(f"<!-- {task} rates -->", tried(task, key))
+        start = of(by_row(read(RESULTS / f"{task}-tune")).get("sft", []), "after", key)
+        text = text.replace(f"<!-- {task} tuning start -->", percent(start) if start else "-")
     return text.replace("<!-- bars -->", bars(runs))
 
 

@@ -10,12 +10,20 @@ template <class A, GaeKind kind>
 struct FlagBits {
   Cursor<const uint8_t, A> mask, ends, cuts;
   mask_t<A> real = ~mask_t<A>{}, done = {}, cut = {};
+  // Whether no lane's mask changes within the block. Looked at where steps are selected by mask registers:
+  // AVX2 gains nothing by it.
+  static constexpr bool kLooks = kind == GaeKind::kMasked && kLanes == 16;
+  bool steady = false;
 
   explicit FlagBits(const GaeFlags& flags) : mask{flags.mask}, ends{flags.done}, cuts{flags.truncated} {}
 
   template <Order order>
   RK_INLINE void load(const Walk<A, order>& walk) {
-    if (kind != GaeKind::kPlain && mask.plane) real = load_bits<A>(mask, walk);
+    if (kind != GaeKind::kPlain && mask.plane) {
+      typename Lanes<A>::Bits mixed = 0;
+      real = load_bits<A>(mask, walk, mixed);
+      if (kLooks) steady = mixed == 0;
+    }
     if (kind != GaeKind::kGeneral) return;
     if (ends.plane) cut = done = load_bits<A>(ends, walk);
     if (cuts.plane) cut = done | load_bits<A>(cuts, walk);
@@ -28,8 +36,7 @@ void gae_rows(const GaeForward<T>& g, int64_t begin, int64_t end) {
   using Vec = vec_t<A>;
   using Mask = mask_t<A>;
   constexpr int n = Lanes<A>::n;
-  const A gamma = A(g.gamma), decay = A(g.gamma * g.lam);
-  const Vec zero = {};
+  const Vec zero = {}, gamma = zero + A(g.gamma), decay = zero + A(g.gamma * g.lam);
   Vec next = zero, advantage = zero, reward[n], value[n], follows[n] = {};
   Cursor<const T, A> rewards{g.rewards}, values{g.values}, nexts{g.next};
   Cursor<T, A> advantages{g.advantages}, returns{g.returns};
@@ -46,19 +53,19 @@ void gae_rows(const GaeForward<T>& g, int64_t begin, int64_t end) {
     load_steps<T>(value, values, walk);
     if (kind == GaeKind::kGeneral && g.next) load_steps<T>(follows, nexts, walk);
     flags.load(walk);
-#pragma GCC unroll 16
-    for (int k = n - 1; k >= 0; --k) {
-      const Mask real = bit<A>(flags.real, k);
+    const auto step = [&](int k, const Mask& real) __attribute__((always_inline)) {
       if constexpr (kind == GaeKind::kPlain || kind == GaeKind::kZeroed) {
         if (kind == GaeKind::kZeroed) {
           reward[k] = real ? reward[k] : zero;
           value[k] = real ? value[k] : zero;
         }
-        advantage = reward[k] + gamma * next - value[k] + decay * advantage;
+        const Vec delta = multiply_add<A>(gamma, next, reward[k]) - value[k];
+        advantage = multiply_add<A>(decay, advantage, delta);
         next = value[k];
         value[k] += advantage;
       } else if constexpr (kind == GaeKind::kMasked) {
-        advantage = real ? reward[k] + gamma * next - value[k] + decay * advantage : advantage;
+        const Vec delta = multiply_add<A>(gamma, next, reward[k]) - value[k];
+        advantage = multiply_add<A>(advantage, decay, delta, real);
         next = real ? value[k] : next;
         value[k] = real ? value[k] + advantage : advantage;
       } else {
@@ -66,11 +73,21 @@ void gae_rows(const GaeForward<T>& g, int64_t begin, int64_t end) {
         const Vec r = real ? reward[k] : zero, v = real ? value[k] : zero;
         const Vec after = bit<A>(flags.done, k) ? zero : !g.next ? next : real ? follows[k] : zero;
         const Vec trace = bit<A>(flags.cut, k) ? zero : advantage;
-        advantage = live ? r + gamma * after - v + decay * trace : advantage;
+        const Vec delta = multiply_add<A>(gamma, after, r) - v;
+        advantage = live ? multiply_add<A>(decay, trace, delta) : advantage;
         next = live ? v : next;
         value[k] = v + advantage;
       }
       reward[k] = advantage;
+    };
+    // Masks are mostly runs.
+    if (flags.kLooks && flags.steady) {
+      const Mask real = bit<A>(flags.real, 0);
+#pragma GCC unroll 16
+      for (int k = n - 1; k >= 0; --k) step(k, real);
+    } else {
+#pragma GCC unroll 16
+      for (int k = n - 1; k >= 0; --k) step(k, bit<A>(flags.real, k));
     }
     store_steps<T>(reward, advantages, walk);
     store_steps<T>(value, returns, walk);

@@ -40,6 +40,42 @@ RK_INLINE void store_lanes(T* to, const vec_t<acc_t<T>>& from) {
   }
 }
 
+// a * b + c, rounded once where the instruction set does that. Said outright: left to itself GCC fuses one of
+// two copies of a formula and not the other, and a row's bits would depend on which one it takes.
+template <class A>
+RK_INLINE vec_t<A> multiply_add(const vec_t<A>& a, const vec_t<A>& b, const vec_t<A>& c) {
+#if RK_LANES == 16 && RK_MULTI_ISA
+  constexpr int as_set = 4;  // the rounding mode in force
+  if constexpr (sizeof(A) == 4)
+    return __builtin_ia32_vfmaddps512_mask(a, b, c, -1, as_set);
+  else
+    return __builtin_ia32_vfmaddpd512_mask(a, b, c, -1, as_set);
+#elif RK_LANES == 8 && RK_MULTI_ISA
+  if constexpr (sizeof(A) == 4)
+    return __builtin_ia32_vfmaddps256(a, b, c);
+  else
+    return __builtin_ia32_vfmaddpd256(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The same where `where` is set, elsewhere a.
+template <class A>
+RK_INLINE vec_t<A> multiply_add(const vec_t<A>& a, const vec_t<A>& b, const vec_t<A>& c,
+                                const mask_t<A>& where) {
+#if RK_LANES == 16 && RK_MULTI_ISA
+  constexpr int as_set = 4;
+  typedef long long Quads __attribute__((vector_size(64)));
+  if constexpr (sizeof(A) == 4)
+    return __builtin_ia32_vfmaddps512_mask(a, b, c, __builtin_ia32_cvtd2mask512(where), as_set);
+  else
+    return __builtin_ia32_vfmaddpd512_mask(a, b, c, __builtin_ia32_cvtq2mask512((Quads)where), as_set);
+#else
+  return where ? multiply_add<A>(a, b, c) : a;
+#endif
+}
+
 // A lane permutation of two vectors: `source(i)` is lane i's origin, 0 .. n-1 in a and n .. 2n-1 in b.
 template <class A, class Source, int... lane>
 RK_INLINE vec_t<A> permuted(const vec_t<A>& a, const vec_t<A>& b, std::integer_sequence<int, lane...>) {

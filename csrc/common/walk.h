@@ -261,14 +261,23 @@ RK_INLINE typename Lanes<A>::Bits zero_bytes(const uint8_t* from) {
 #endif
 }
 
+// Those of every lane; `mixed` becomes non-zero unless each is all zeros or has none.
 template <class A, class Lane, int... i>
-RK_INLINE mask_t<A> zero_bytes(const Lane& lane, std::integer_sequence<int, i...>) {
-  return mask_t<A>{zero_bytes<A>(lane(i))...};
+RK_INLINE mask_t<A> zero_bytes(const Lane& lane, typename Lanes<A>::Bits& mixed,
+                               std::integer_sequence<int, i...>) {
+  using Bits = typename Lanes<A>::Bits;
+  constexpr Bits all = (Bits(1) << Lanes<A>::n) - 1;
+  const auto noted = [&](Bits zeros) __attribute__((always_inline)) {
+    mixed |= (zeros + 1) & (all - 1);
+    return zeros;
+  };
+  return mask_t<A>{noted(zero_bytes<A>(lane(i)))...};
 }
 
-// Bit k of lane i: whether step k of its block is set.
+// Bit k of lane i: whether step k of its block is set. `mixed`: 0 where all steps of a lane are alike.
 template <class A, Order order>
-RK_INLINE mask_t<A> load_bits(Cursor<const uint8_t, A>& from, const Walk<A, order>& walk) {
+RK_INLINE mask_t<A> load_bits(Cursor<const uint8_t, A>& from, const Walk<A, order>& walk,
+                              typename Lanes<A>::Bits& mixed) {
   constexpr int n = Lanes<A>::n;
   constexpr auto lanes = std::make_integer_sequence<int, n>();
   from.follow(walk);
@@ -276,7 +285,8 @@ RK_INLINE mask_t<A> load_bits(Cursor<const uint8_t, A>& from, const Walk<A, orde
     const uint8_t* base = from.base(walk);
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) from.fetch(base, i, walk);
-    return ~zero_bytes<A>([&](int i) __attribute__((always_inline)) { return base + from.offset[i]; }, lanes);
+    return ~zero_bytes<A>([&](int i) __attribute__((always_inline)) { return base + from.offset[i]; }, mixed,
+                          lanes);
   }
   uint8_t padded[n][n] = {};
   for (int i = 0; i < n; ++i) {
@@ -286,7 +296,12 @@ RK_INLINE mask_t<A> load_bits(Cursor<const uint8_t, A>& from, const Walk<A, orde
     else if (walk.works(i))
       __builtin_memcpy(padded[i] + first, from.at(i, walk) + first, n - first);
   }
-  return ~zero_bytes<A>([&](int i) __attribute__((always_inline)) { return padded[i]; }, lanes);
+  return ~zero_bytes<A>([&](int i) __attribute__((always_inline)) { return padded[i]; }, mixed, lanes);
+}
+template <class A, Order order>
+RK_INLINE mask_t<A> load_bits(Cursor<const uint8_t, A>& from, const Walk<A, order>& walk) {
+  typename Lanes<A>::Bits mixed = 0;
+  return load_bits<A>(from, walk, mixed);
 }
 
 template <class A>

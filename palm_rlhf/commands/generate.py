@@ -14,7 +14,7 @@ from palm_rlhf.commands.common import HFOptions, Loaded
 from palm_rlhf.commands.steps import load_any
 from palm_rlhf.commands.train import make_reward
 from palm_rlhf.generation import Generation, best_of, generate
-from palm_rlhf.tasks.text import read_lines
+from palm_rlhf.pipeline.sampling import read_prompt_texts
 from palm_rlhf.tokens import Tokenizer, prompt_ids
 
 
@@ -31,7 +31,7 @@ class Generate:
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     prompts_file: Path | None = None
-    """More of them, one a line."""
+    """More of them: a text file with one a line, or JSON lines or Parquet with "prompt"."""
     samples: int = 1
     """Responses to each prompt."""
     max_new_tokens: int = 128
@@ -66,7 +66,7 @@ FORM = Generate
 
 def run(args: Generate, line: str) -> int:
     """Prints prompts with their responses."""
-    texts = [*args.prompt, *(read_lines(args.prompts_file) if args.prompts_file is not None else ())]
+    texts = [*args.prompt, *(read_prompt_texts(args.prompts_file) if args.prompts_file is not None else ())]
     if not texts or not all(texts):
         raise ValueError("give a prompt that is not empty: --prompt TEXT or --prompts-file FILE")
     if args.max_new_tokens < 1:

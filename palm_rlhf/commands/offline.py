@@ -34,7 +34,7 @@ class TrainPairs:
     """Run or file to start from, such as that of palm-rlhf sft, or a model of transformers: its folder, or
     hf:NAME with a name on the hub. It is the reference as well."""
     pairs: Path
-    """Pairs as JSON lines."""
+    """Pairs as JSON lines or Parquet."""
     out: Path
     """Folder of the run. If it is there, the run goes on."""
     test_pairs: Path | None = None

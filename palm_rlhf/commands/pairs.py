@@ -13,6 +13,7 @@ import tyro
 from palm_rlhf.commands.stages import concluded
 from palm_rlhf.pipeline.files import check_suffix, config_path, digest, read_stage, stage_config
 from palm_rlhf.pipeline.pairs import PairOptions, choose, split
+from palm_rlhf.tasks.rows import encoded
 from rlhf_kernels.runtime.files import write_aside
 
 
@@ -24,7 +25,7 @@ class Pairs:
     """
 
     out: Path
-    """File of JSON lines to write; those that judge go to the same name with .test before its end."""
+    """JSON lines or .parquet to write; those that judge go to the same name with .test before its end."""
     scored: tuple[Path, ...] = ()
     """One or more files of palm-rlhf score."""
     choice: Annotated[PairOptions, tyro.conf.arg(name="")] = field(default_factory=PairOptions)
@@ -71,7 +72,7 @@ def run(args: Pairs, line: str) -> int:
     }
     for path, pairs in ((judged, test), (args.out, train)):
         if pairs or path == args.out:
-            write_aside(path, "".join(json.dumps(pair) + "\n" for pair in pairs))
+            write_aside(path, encoded(path, pairs))
             write_aside(config_path(path), json.dumps({**config, "summary": summary}, indent=1))
         else:
             path.unlink(missing_ok=True)  # of an earlier call that split some off
@@ -97,8 +98,11 @@ def _read(args: Pairs) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of all files; ValueError where they were sampled in different ways."""
     rows: list[dict[str, Any]] = []
     made: dict[str, Any] = {}
+    seen: dict[str, Path] = {}
     for path in args.scored:
         more, config = read_stage(path, "score")
+        if (other := seen.setdefault(digest(path), path)) is not path:
+            raise ValueError(f"--scored: {path} holds what {other} holds. Its pairs would count twice.")
         config = {name: config[name] for name in ("tokenizer", "sampling", "template")}
         for name in made:
             if made[name] != config[name]:

@@ -45,7 +45,7 @@ class Reward:
     """Run or file to start from, such as that of palm-rlhf sft, or a model of transformers: its folder, or
     hf:NAME with a name on the hub."""
     pairs: Path
-    """Examples as JSON lines."""
+    """Examples as JSON lines or Parquet."""
     out: Path
     """Folder of the run. If it is there, the run goes on."""
     bins: int = 0

@@ -38,7 +38,7 @@ class Sample:
     model: Path
     """Run or file, or a model of transformers: its folder, or hf:NAME."""
     out: Path
-    """File of JSON lines to write, a line for each prompt."""
+    """File of JSON lines, or .parquet, to write: a row for each prompt."""
     prompts: Annotated[Prompts, tyro.conf.arg(name="")] = field(default_factory=Prompts)
     samples: int = 5
     """Responses to each prompt."""

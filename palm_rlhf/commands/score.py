@@ -26,7 +26,7 @@ class Score:
     samples: Path
     """File of palm-rlhf sample."""
     out: Path
-    """File of JSON lines to write: the same with scores."""
+    """File of JSON lines, or .parquet, to write: the same with scores."""
     scores: Annotated[Scores, tyro.conf.arg(name="")] = field(default_factory=Scores)
     batch: int = 16
     """Prompts at a time."""
@@ -45,6 +45,8 @@ def run(args: Score, line: str) -> int:
     """Scores what is not there yet."""
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    if args.out.resolve() == args.samples.resolve():
+        raise ValueError(f"--out {args.out} is the file of samples itself. Choose another file.")
     rows, made = read_stage(args.samples, "sample")
     made.pop("summary", None)
     scorer = args.scores.scorer(made["tokenizer"], args.device)

@@ -8,20 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from palm_rlhf.commands.common import (
-    FACTORS,
-    device,
-    hf_name,
-    kept_tokenizer,
-    load_function,
-    make_task,
-    metadata,
-    weights_file,
-)
+from palm_rlhf.commands.common import FACTORS, hf_name, make_task
+from palm_rlhf.commands.rewards import Name, named_scorer, reward_version
 from palm_rlhf.pipeline.files import digest, version
 from palm_rlhf.pipeline.sampling import read_prompts
-from palm_rlhf.pipeline.scoring import ClassifierScorer, RewardModelScorer, RuleScorer, Scorer
-from palm_rlhf.rewards import ModelReward, ProgrammaticReward, load_reward_model
+from palm_rlhf.pipeline.scoring import RuleScorer, Scorer
+from palm_rlhf.rewards import ProgrammaticReward
 
 
 @dataclass
@@ -29,7 +21,7 @@ class Prompts:
     """Where prompts come from: one of three."""
 
     prompts_file: Path | None = None
-    """Prompts: a text file with one a line, or JSON lines with "prompt" or "messages"."""
+    """Prompts: a text file with one a line, or JSON lines or Parquet with "prompt" or "messages"."""
     task: Literal["calculator"] | None = None
     """Prompts of this task instead: those that it trains on."""
     gsm8k: Path | None = None
@@ -64,8 +56,8 @@ class Scores:
     """What scores responses: one of three."""
 
     reward: str | None = None
-    """FILE.py:function, called with the texts of a prompt and a response; or lexicon:, sentiment:, matches:,
-    lacks:, words:, characters:, run: or hf:, as palm-rlhf --help says."""
+    """FILE.py:function, called with the texts of a prompt and a response; or another by name:
+    characters:5-20, sentiment:FILE, run:RUN, implicit:RUN, hf:NAME, FILE.json of several: palm-rlhf -h."""
     reward_model: str | None = None
     """Run of palm-rlhf reward, or a sequence-classification model of transformers: its folder, or hf:NAME."""
     rule: Literal["calculator"] | None = None
@@ -83,8 +75,7 @@ class Scores:
         """What scores depend on, for a stage's config."""
         found: dict[str, Any] = {"reward": self.reward, "rule": self.rule, "reward_model": self.reward_model}
         if self.reward is not None:
-            there = [Path(part) for part in self.reward.split(":") if Path(part).exists()]
-            found["reward_version"] = [digest(p) if p.is_file() else version(p) for p in there]
+            found["reward_version"] = reward_version(self.reward)
         if self.reward_model is not None:
             found |= {"reward_version": version(self.reward_model), "label": self.label}
             found["max_text_tokens"] = self.max_text_tokens
@@ -106,30 +97,14 @@ class Scores:
             from palm_rlhf.tasks.calculator import Calculator
 
             return RuleScorer(ProgrammaticReward(Calculator.reward, on="tokens"))
-        kind, _, what = (self.reward or "").partition(":")
-        if self.reward_model is None and kind not in ("run", "hf"):
-            return RuleScorer(ProgrammaticReward(load_function(self.reward), on="tokens"))
-        name, _, label = (what if kind != "hf" else self.reward).partition("@")
-        return self._model(self.reward_model or name, label or self.label, sampled_with, on)
-
-    def _model(self, name: str, label: str | None, sampled_with: str, on: str | None) -> Scorer:
-        foreign = hf_name(Path(name))
-        if foreign is not None:
-            from palm_rlhf.rewards.classifier import Classifier
-
-            return ClassifierScorer(
-                Classifier(foreign, label=label, device=device(on), max_tokens=self.max_text_tokens)
-            )
-        file = weights_file(Path(name))
-        model = load_reward_model(file, device=device(on)).requires_grad_(False)
-        kept = metadata(file)
-        if "tokenizer" not in kept:
-            raise ValueError(f"{file} does not say what its tokens are: it is not of palm-rlhf reward")
-        chat = {"chat": kept.get("chat", False), "system": kept.get("system")}
-        tokenizer = kept_tokenizer(kept, file, **chat)
-        return RewardModelScorer(
-            ModelReward(model), tokenizer, kept.get("stop", tokenizer.stop), sampled_with
-        )
+        if self.reward_model is None:
+            name = Name.of(self.reward)
+        else:
+            foreign = hf_name(Path(self.reward_model))
+            name = Name("run", self.reward_model) if foreign is None else Name("hf", foreign)
+        if name.label is None:
+            name = name._replace(label=self.label)
+        return named_scorer(name, sampled_with, on, max_text_tokens=self.max_text_tokens)
 
 
 def concluded(summary: Mapping[str, Any], as_json: bool, lines: list[str]) -> int:

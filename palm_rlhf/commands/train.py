@@ -30,10 +30,10 @@ from palm_rlhf.commands.rollouts import FOLDER
 from palm_rlhf.commands.runs import Run
 from palm_rlhf.generation import Generation
 from palm_rlhf.models.value import Policy, ValueModel, frozen
+from palm_rlhf.pipeline.sampling import read_prompt_texts
 from palm_rlhf.rewards import ProgrammaticReward
 from palm_rlhf.rollout.store import RolloutStore
 from palm_rlhf.tasks.calculator import Calculator
-from palm_rlhf.tasks.text import read_lines
 from palm_rlhf.tokens import Tokenizer, prompt_ids, stop_token
 from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
 from rlhf_kernels.runtime.files import write_aside
@@ -59,7 +59,7 @@ class Train:
     factors: tuple[int, int] = FACTORS
     """Largest first and second factor in --task calculator."""
     prompts_file: Path | None = None
-    """Prompts instead of a task's, one a line."""
+    """Prompts instead of a task's: a text file with one a line, or JSON lines or Parquet with "prompt"."""
     reward: str | None = None
     """FILE.py:function, called with the texts of a prompt and a response; or a name: palm-rlhf --help."""
     reward_model: Path | None = None
@@ -160,7 +160,7 @@ def run(args: Train | offline.TrainPairs, line: str) -> int:
 def _prompts(args: Train, task: Calculator | None) -> list[str]:
     if (task is None) == (args.prompts_file is None):
         raise ValueError("give one kind of prompts: --task calculator, --gsm8k FILE, or --prompts-file FILE")
-    return list(task.train) if task is not None else read_lines(args.prompts_file)
+    return list(task.train) if task is not None else read_prompt_texts(args.prompts_file)
 
 
 def make_reward(

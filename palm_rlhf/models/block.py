@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from palm_rlhf.models.cache import KVCache
-from palm_rlhf.models.linear import linear, pack, packed_linear
 from palm_rlhf.models.lora import BlockLoRA
 from rlhf_kernels import (
     RotaryTables,
@@ -22,6 +21,7 @@ from rlhf_kernels import (
     rotary,
     swiglu,
 )
+from rlhf_kernels.runtime.linear import linear, pack, packed_linear
 
 if TYPE_CHECKING:
     from palm_rlhf.models.palm import PaLMConfig

@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from palm_rlhf.tasks.pairs import json_rows
+from palm_rlhf.tasks.rows import PARQUET, check_parquet, encoded, is_parquet, read_rows
 from palm_rlhf.trainers.log import progress_bar
 from rlhf_kernels.runtime.files import write_aside
 
-SUFFIXES = (".jsonl", ".json", ".ndjson")
+SUFFIXES = (".jsonl", ".json", ".ndjson", PARQUET)
 
 
 class StageFile:
-    """JSON lines at `path`: there as a whole or not at all.
+    """JSON lines or Parquet at `path`: there as a whole or not at all.
 
-    Until the last row is written they are in `path`.part, and `path`.config.json says what makes them. The
-    same command finds both, drops a batch that was cut short, and goes on with the next one.
+    Until the last row is written they are JSON lines in `path`.part, and `path`.config.json says what makes
+    them. The same command finds both, drops a batch that was cut short, and goes on with the next one.
     """
 
     def __init__(self, path: str | Path, config: Mapping[str, Any]) -> None:
@@ -30,7 +30,8 @@ class StageFile:
             config: all that rows depend on, as JSON holds it.
 
         Raises:
-            ValueError: the suffix is another, or what is there was made with another config.
+            ValueError: the suffix is another, it is Parquet without pyarrow, or what is there was made with
+                another config.
         """
         self.path = Path(path)
         check_suffix(self.path)
@@ -44,7 +45,8 @@ class StageFile:
         return self.path.exists()
 
     def _check(self) -> None:
-        if not self.path.exists() and not self.part.exists():
+        # Where not one row was made, what would have made it binds nobody.
+        if not self.path.exists() and not self._begun():
             return
         before = stage_config(self.path)
         if before is None:
@@ -61,6 +63,12 @@ class StageFile:
                 f"{self.path} was begun with {name} {before.get(name)}, and is to go on with "
                 f"{self.config.get(name)}. Use the same flags and files, or another --out."
             )
+
+    def _begun(self) -> bool:
+        if not self.part.exists():
+            return False
+        with self.part.open("rb") as file:
+            return file.readline().endswith(b"\n")
 
     def _rows_there(self, batch: int) -> int:
         """How many rows are written, in whole batches: what is after them is cut off."""
@@ -98,8 +106,13 @@ class StageFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_aside(config_path(self.path), json.dumps(self.config, indent=1))
             self._write_rest(batches, make, name, show)
-        there = self.path if self.complete else self.part
-        return [json.loads(line) for line in there.read_bytes().splitlines()]
+        if self.complete:
+            self.part.unlink(missing_ok=True)  # of a call that was killed once the file was in its place
+            return [row for _, row in read_rows(self.path, "")]
+        return self._rows()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.part.read_bytes().splitlines()]
 
     def _write_rest(self, batches: Sequence[Any], make: Callable[..., Any], name: str, show: bool) -> None:
         size, total = len(batches[0]), sum(map(len, batches))
@@ -121,20 +134,21 @@ class StageFile:
     def finish(self, summary: Mapping[str, Any]) -> Path:
         """Puts the file in its place, with a summary beside it."""
         write_aside(config_path(self.path), json.dumps({**self.config, "summary": summary}, indent=1))
-        self.part.replace(self.path)
+        if is_parquet(self.path):
+            write_aside(self.path, encoded(self.path, self._rows()))
+            self.part.unlink()
+        else:
+            self.part.replace(self.path)
         return self.path
 
 
 def check_suffix(path: Path) -> None:
-    """ValueError for a file that is to hold anything else than JSON lines."""
+    """ValueError for a file that is to hold anything else than rows, or Parquet where pyarrow is missing."""
     if path.suffix not in SUFFIXES:
-        hint = (
-            "Parquet is not written: no extra of this package has pyarrow. Convert it with "
-            "datasets.load_dataset('json', ...)."
-            if path.suffix == ".parquet"
-            else "Name it .jsonl."
+        raise ValueError(
+            f"a stage's file is JSON lines or Parquet, and {path} is not named so. Name it .jsonl."
         )
-        raise ValueError(f"a stage's file is JSON lines, and {path} is not named so. {hint}")
+    check_parquet(path)
 
 
 def config_path(path: str | Path) -> Path:
@@ -160,7 +174,7 @@ def read_stage(path: str | Path, stage: str) -> tuple[list[dict[str, Any]], dict
     path, config = Path(path), stage_config(path)
     if not path.exists() and path.with_name(f"{path.name}.part").exists():
         raise ValueError(f"{path} is not complete. Go on with the command that began it: palm-rlhf {stage}.")
-    rows = [row for _, row in json_rows(path, f"It is to be a file of palm-rlhf {stage}.")]
+    rows = [row for _, row in read_rows(path, f"It is to be a file of palm-rlhf {stage}.")]
     if config is None or config.get("stage") != stage:
         got = "another program" if config is None else f"palm-rlhf {config.get('stage')}"
         raise ValueError(f"{path} is of {got}, and is to be of palm-rlhf {stage}.")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from palm_rlhf.generation import generate
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.pipeline.chat import Template
-from palm_rlhf.tasks.pairs import json_rows
+from palm_rlhf.tasks.rows import is_parquet, read_rows
 from palm_rlhf.tasks.text import read_lines
 from palm_rlhf.tokens import Tokenizer, first_ids
 
@@ -132,14 +132,26 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: str | Path) -> list[list[dict[str, str]]]:
-    """Dialogues that are to be answered: lines of text, or of JSON with "prompt" or "messages".
+    """Dialogues that are to be answered: lines of text, or rows with "prompt" or "messages" (JSON, Parquet).
 
     Raises:
         ValueError: the file cannot be read, or a line is something else.
     """
-    if ".json" not in Path(path).name and ".ndjson" not in Path(path).name:
+    if not is_parquet(path) and not {".json", ".jsonl", ".ndjson"} & set(Path(path).suffixes):
         return [[{"role": "user", "content": line}] for line in read_lines(path)]
-    return [_dialogue(row, f"{path}, line {number}") for number, row in json_rows(path, EXPECTED)]
+    return [_dialogue(row, where) for where, row in read_rows(path, EXPECTED)]
+
+
+def read_prompt_texts(path: str | Path) -> list[str]:
+    """The same where every prompt is one text; ValueError for a dialogue of several messages."""
+    dialogues = read_prompts(path)
+    for number, messages in enumerate(dialogues, 1):
+        if len(messages) > 1 or messages[0]["role"] != "user":
+            raise ValueError(
+                f"{path}: prompt {number} is a dialogue of several messages, or not the user's. Those "
+                "are for palm-rlhf sample; here every prompt is one text."
+            )
+    return [messages[0]["content"] for messages in dialogues]
 
 
 def _dialogue(row: dict[str, Any], where: str) -> list[dict[str, str]]:

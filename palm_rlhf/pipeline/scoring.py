@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from palm_rlhf.generation import Generation, side_by_side
-from palm_rlhf.rewards import ModelReward, ProgrammaticReward, RewardError
+from palm_rlhf.rewards import Ensemble, ImplicitReward, ModelReward, ProgrammaticReward, RewardError
 from palm_rlhf.rewards.classifier import Classifier
 from palm_rlhf.tokens import Tokenizer, first_ids, identity, prompt_ids
 
@@ -81,13 +81,31 @@ class RuleScorer:
         return [self._rule.score(answer.question, answer.response) for answer in answers]
 
 
-class RewardModelScorer:
-    """A reward model of ours. It reads the sampled tokens where they are its own, else the texts."""
+class TokenScorer:
+    """What reads tokens: the sampled ones where they are its own, else those of the texts."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: int, sampled_with: str) -> None:
+        """`tokenizer` and `stop` are the model's, `sampled_with` the `identity` of the sampler's."""
+        self._tokenizer, self._stop = tokenizer, stop
+        self._same = identity(tokenizer) == sampled_with
+
+    def _tokens(self, answer: Answer) -> tuple[Sequence[int], Sequence[int]]:
+        if self._same and answer.tokens:
+            return answer.prompt_tokens, answer.tokens
+        # As in its training, `trainers.reward`.
+        t = self._tokenizer
+        asked = list(answer.messages) if getattr(t, "chat", False) else answer.prompt
+        end = [self._stop] if answer.stopped else []
+        return prompt_ids(t, asked) or first_ids(t), [*t.encode(answer.response), *end]
+
+
+class RewardModelScorer(TokenScorer):
+    """A reward model of ours."""
 
     def __init__(self, reward: ModelReward, tokenizer: Tokenizer, stop: int, sampled_with: str) -> None:
-        """`tokenizer` and `stop` are the model's, `sampled_with` the `identity` of the sampler's."""
-        self._reward, self._tokenizer, self._stop = reward, tokenizer, stop
-        self._same = identity(tokenizer) == sampled_with
+        """See `TokenScorer`."""
+        super().__init__(tokenizer, stop, sampled_with)
+        self._reward = reward
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """Its rewards."""
@@ -104,14 +122,39 @@ class RewardModelScorer:
                 found.update(zip(index, self._reward(generation, mark_prompt=not bare).tolist()))
         return list(found.values())
 
-    def _tokens(self, answer: Answer) -> tuple[Sequence[int], Sequence[int]]:
-        if self._same and answer.tokens:
-            return answer.prompt_tokens, answer.tokens
-        # As in its training, `trainers.reward`.
-        t = self._tokenizer
-        asked = list(answer.messages) if getattr(t, "chat", False) else answer.prompt
-        end = [self._stop] if answer.stopped else []
-        return prompt_ids(t, asked) or first_ids(t), [*t.encode(answer.response), *end]
+
+class ImplicitScorer(TokenScorer):
+    """What training by preferences made more probable in a run."""
+
+    def __init__(self, reward: ImplicitReward, tokenizer: Tokenizer, stop: int, sampled_with: str) -> None:
+        """See `TokenScorer`."""
+        super().__init__(tokenizer, stop, sampled_with)
+        self._reward = reward
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        """Its rewards."""
+        prompts, responses = zip(*map(self._tokens, answers))
+        # As in its training, `trainers.offline`: a text without a prompt follows the end of another.
+        prompts = [prompt or [self._stop] for prompt in prompts]
+        return self._reward(as_generation(prompts, responses, self._tokenizer.pad)).tolist()
+
+
+class EnsembleScorer:
+    """Several scorers as one."""
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        """`ensemble.rewards` are the scorers."""
+        self._ensemble = ensemble
+
+    @property
+    def cut(self) -> int:
+        """How many texts lost their beginning."""
+        return sum(getattr(scorer, "cut", 0) for scorer in self._ensemble.rewards)
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        """Their combination."""
+        found = [finite(scorer(answers), answers) for scorer in self._ensemble.rewards]
+        return self._ensemble.combined(torch.tensor(found, dtype=torch.float64)).tolist()
 
 
 def as_generation(

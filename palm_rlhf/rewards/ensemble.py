@@ -64,11 +64,14 @@ class Ensemble:
 
     def __call__(self, generation: Generation) -> Tensor:
         """[B] in float32."""
-        found = self.members(generation)
+        return self.combined(self.members(generation))
+
+    def combined(self, found: Tensor) -> Tensor:
+        """[B] of what each of the M rewards says, [M, B]."""
         if self.combine == "min":
             return found.amin(0)
         if self.combine == "lower":
             return found.mean(0) - self.k * found.std(0, correction=0)
-        weights = torch.tensor(self.weights, device=found.device)
+        weights = torch.tensor(self.weights, dtype=found.dtype, device=found.device)
         summed = (weights[:, None] * found).sum(0)
         return summed if self.combine == "sum" else summed / weights.sum()

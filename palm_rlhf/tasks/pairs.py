@@ -1,8 +1,7 @@
-"""Preferences in files of JSON lines: pairs of a better and a worse response, or texts with a label."""
+"""Preferences in files of rows: pairs of a better and a worse response, or texts with a label."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from palm_rlhf.tasks.text import read_text
+from palm_rlhf.tasks.rows import read_rows
 
 EXPECTED = 'Each line is {"chosen": text, "rejected": text} or {"text": text, "label": number}.'
 
@@ -54,7 +53,7 @@ Example = TypeVar("Example", Pair, Labelled)
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Pairs from JSON lines, gzipped or not; ValueError names the line that is none.
+    """Pairs from JSON lines, gzipped or not, or Parquet; ValueError names the line that is none.
 
     Left out are blank lines, and pairs of equal responses, which say nothing.
     """
@@ -62,18 +61,18 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def read_labelled(path: str | Path) -> list[Labelled]:
-    """Texts with their labels from JSON lines, gzipped or not; ValueError names the line that is none."""
+    """Texts with their labels from such a file; ValueError names the line that is none."""
     return _read(path, Labelled)
 
 
 def read_examples(path: str | Path) -> list[Pair] | list[Labelled]:
     """What the first line holds, pairs or labelled texts; ValueError names the line that does not fit."""
-    for number, row in json_rows(path, EXPECTED):
+    for where, row in read_rows(path, EXPECTED):
         if "chosen" in row:
             return read_pairs(path)
         if "text" in row:
             return read_labelled(path)
-        raise ValueError(f'{path}, line {number}: there is neither "chosen" nor "text". {EXPECTED}')
+        raise ValueError(f'{where}: there is neither "chosen" nor "text". {EXPECTED}')
     raise ValueError(f"{path} has no lines. {EXPECTED}")
 
 
@@ -116,37 +115,12 @@ def split_groups(groups: Sequence[Any], held_out: float, seed: int) -> tuple[lis
     return [index for index in range(len(groups)) if index not in held], sorted(held)
 
 
-def json_rows(path: str | Path, expected: str) -> list[tuple[int, dict[str, Any]]]:
-    """Line numbers from 1, and the objects of a file of JSON lines, gzipped or not.
-
-    Raises:
-        ValueError: a line is no object; the text ends with what is `expected`.
-    """
-    rows = []
-    # Not splitlines(): it breaks at separators that JSON allows inside strings.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: no JSON: {error.msg} at column {error.colno}. {expected}"
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, line {number}: expected an object, got {type(row).__name__}. {expected}"
-            )
-        rows.append((number, row))
-    return rows
-
-
 def _read(path: str | Path, kind: type[Example]) -> list[Example]:
     texts = ("chosen", "rejected") if kind is Pair else ("text",)
     found = []
-    for number, row in json_rows(path, EXPECTED):
-        where = f"{path}, line {number}"
-        tokens = _tokens(row, where) if kind is Pair else None
+    for where, row in read_rows(path, EXPECTED):
+        # What is no pair at all is told so first.
+        tokens = _tokens(row, where) if kind is Pair and all(name in row for name in texts) else None
         fields: dict[str, Any] = {name: _text(row, name, where, tokens is not None) for name in texts}
         if tokens is not None:
             fields["tokens"] = tokens

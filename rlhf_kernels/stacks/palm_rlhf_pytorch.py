@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_kernels.stacks import rebind
 from rlhf_kernels.stacks.liger import full_width
 from rlhf_kernels.stacks.palm_generation import cached_generate
+from rlhf_kernels.stacks.palm_rollout import ROLLOUT
 from rlhf_kernels.stacks.palm_training import TRAINING
 from rlhf_kernels.stacks.peer import Peer, Unavailable
 from rlhf_kernels.stacks.rebind import Call, Rebinding, Target
@@ -301,6 +302,7 @@ PATCH = Target(
             backends=rebind.FAST | {"torch"},
             note="the same random numbers, so the same tokens but for rounding; copies the blocks' weights",
         ),
+        ROLLOUT,
         *TRAINING,
         Rebinding(
             name="attention",

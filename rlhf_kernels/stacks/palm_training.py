@@ -25,7 +25,7 @@ def thin_adapter(original: Any) -> Any:
     return forward
 
 
-class _Over:
+class Over:
     """Another object with some attributes of its own; what is set goes through to the object."""
 
     def __init__(self, under: Any, **attributes: Any) -> None:
@@ -49,13 +49,12 @@ def trained_alone(original: Any) -> Any:
         accelerate = self.accelerate
         if accelerate.num_processes > 1:
             return original(self, memories)
-        groups = [*self.actor_optim.param_groups, *self.critic_optim.param_groups]
-        trained = [p for group in groups for p in group["params"] if p.requires_grad]
+        inputs = trained(self)
 
         def backward(loss: Tensor, **kwargs: Any) -> None:
-            accelerate.backward(loss, **{"inputs": trained, **kwargs})
+            accelerate.backward(loss, **{"inputs": inputs, **kwargs})
 
-        return original(_Over(self, accelerate=_Over(accelerate, backward=backward)), memories)
+        return original(Over(self, accelerate=Over(accelerate, backward=backward)), memories)
 
     return learn
 
@@ -70,23 +69,40 @@ def _adapter_call(large: bool) -> Call:
     return Call((module, torch.randn(rows, size).requires_grad_()))
 
 
-def _learn_call(large: bool) -> Call:
-    """An update on rollouts; gives the gradients that both optimizers get."""
+def small_trainer(large: bool) -> Any:
+    """A trainer of the stack's whose adapters all do something."""
     from palm_rlhf_pytorch import ppo
 
     torch.manual_seed(0)
     size = {"dim": 256, "depth": 2} if large else {"dim": 16, "depth": 2, "dim_head": 8, "heads": 2}
     model = ppo.PaLM(num_tokens=64, **size)
-    prompts = torch.randint(1, 64, (1, 4))
     trainer = ppo.RLHFTrainer(
-        palm=model, reward_model=ppo.RewardModel(model, num_binned_output=5), prompt_token_ids=prompts
+        palm=model,
+        reward_model=ppo.RewardModel(model, num_binned_output=5),
+        prompt_token_ids=torch.randint(1, 64, (1, 4)),
     )
+    with torch.no_grad():
+        for parameter in trained(trainer):
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return trainer
+
+
+def trained(trainer: Any) -> list[Any]:
+    """The parameters that a trainer's two optimizers hold."""
+    groups = [*trainer.actor_optim.param_groups, *trainer.critic_optim.param_groups]
+    return [p for group in groups for p in group["params"] if p.requires_grad]
+
+
+def _learn_call(large: bool) -> Call:
+    """An update on rollouts; gives the gradients that both optimizers get."""
+    from palm_rlhf_pytorch import ppo
+
+    trainer = small_trainer(large)
     time, count = (128, 4) if large else (9, 3)
     sequences = torch.randint(1, 64, (count, time))
     prompt_mask = torch.arange(time) < 4
     optims = (trainer.actor_optim, trainer.critic_optim)
-    trained = [p for optim in optims for group in optim.param_groups for p in group["params"]]
-    start = [p.detach().clone() + 0.05 * torch.randn(p.shape) for p in trained]
+    start = [p.detach().clone() for p in trained(trainer)]
     with torch.no_grad():
         logits, values = trainer.actor_critic(sequences, mask=~prompt_mask.expand(count, -1))
         probs = ppo.shift(logits, shift=1, dim=-2).softmax(dim=-1)
@@ -100,7 +116,7 @@ def _learn_call(large: bool) -> Call:
     def invoke(function: Any, trainer: Any, memories: Any) -> list[Tensor]:
         gradients: list[Tensor] = []
         with torch.no_grad():
-            for parameter, value in zip(trained, start):
+            for parameter, value in zip(trained(trainer), start):
                 parameter.copy_(value)
         hooks = [optim.optimizer.register_step_pre_hook(_keep(gradients)) for optim in optims]
         with contextlib.redirect_stdout(io.StringIO()):

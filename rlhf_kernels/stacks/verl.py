@@ -197,7 +197,7 @@ def _our_gae(original: Any) -> Any:
             advantages, _ = gae(token_level_rewards, values, mask=mask, gamma=float(gamma), lam=float(lam))
             returns = advantages + values
             whiten = original.__globals__["verl_F"].masked_whiten  # ours too, unless it was left
-            return whiten(advantages, response_mask), returns
+            return whiten(advantages, mask), returns
 
     return compute_gae_advantage_return
 

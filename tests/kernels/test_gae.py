@@ -151,7 +151,9 @@ def rows_are_their_own(dtype, steps, masked):
     """A row alone, elsewhere in a batch and at another stride has the same bits; run per instruction set."""
     generator = torch.Generator().manual_seed(steps)
     rewards, values = (torch.randn(37, steps, generator=generator).to(dtype) for _ in range(2))
-    mask = torch.rand(37, steps, generator=generator) < 0.7 if masked else None
+    drawn = torch.rand(37, steps, generator=generator) < 0.7
+    lengths = torch.randint(steps + 1, (37, 1), generator=generator)
+    mask = {"": None, "random": drawn, "runs": torch.arange(steps) < lengths}[masked]
     whole = gae(rewards, values, mask=mask, gamma=0.99)
     shuffled = torch.randperm(37, generator=generator)
     moved = gae(
@@ -176,7 +178,7 @@ def test_a_row_does_not_depend_on_its_batch(isa):
 import itertools, torch
 from tests.kernels.test_gae import rows_are_their_own
 for dtype, steps, masked in itertools.product(
-    (torch.float32, torch.float64, torch.bfloat16), (1, 3, 17, 300, 1024), (False, True)
+    (torch.float32, torch.float64, torch.bfloat16), (1, 3, 17, 300, 1024), ("", "random", "runs")
 ):
     rows_are_their_own(dtype, steps, masked)
 """

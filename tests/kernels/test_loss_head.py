@@ -169,6 +169,7 @@ class Largest(TorchDispatchMode):
             torch.ops.aten.mm,
             torch.ops.aten.addmm,
             torch.ops.aten.addmm_,
+            getattr(torch.ops.mkldnn, "_linear_pointwise", None),
         )
         return result
 

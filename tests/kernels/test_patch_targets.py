@@ -165,3 +165,13 @@ def test_trl_takes_what_dpo_logs_from_our_head(monkeypatch):
         scaled_and_capped = (*call.args[:6], 30.0, 0.5, ("entropy",))
         utils._ChunkedLogProbFunction.apply(*scaled_and_capped)
     assert asked == [("entropy",)]
+
+
+@pytest.mark.parametrize("name", ["selective_log_softmax", "entropy_from_logits"])
+def test_16_bits_of_trl_are_rounded_as_it_does(name):
+    utils = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed (make peers)")
+    rebinding = next(one for one in TARGETS["trl"].rebindings if one.name == name)
+    logits = torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    args = (logits, logits.argmax(-1)) if "soft" in name else (logits,)
+    original = getattr(utils, name)
+    assert torch.equal(rebinding.make(original)(*args), original(*args))

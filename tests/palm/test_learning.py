@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from palm_rlhf.models.value import frozen
-from palm_rlhf.tasks.pairs import Pair
+from palm_rlhf.tasks.pairs import Labelled, Pair
 from palm_rlhf.trainers.offline import OfflineConfig
 from palm_rlhf.trainers.online import OnlineConfig
 
@@ -24,7 +24,7 @@ def _scripts():
     sys.path.insert(0, str(LEARNING))
     yield
     sys.path.remove(str(LEARNING))
-    for name in ("rows", "tables", "arithmetic"):
+    for name in ("rows", "tables", "arithmetic", "judges"):
         sys.modules.pop(name, None)
 
 
@@ -42,7 +42,10 @@ def test_raw_files_are_small_and_of_fixed_seeds():
     for path in paths:
         run = json.loads(path.read_text())
         assert path.stat().st_size < 200_000
-        assert path.stem == f"{run['row']}-{run['seed']}"
+        assert path.stem in (
+            f"{run['row']}-{run['seed']}",
+            f"{run['row']}-{run['settings'].get('lr', 0):g}-1",
+        )
         assert run["seed"] in (1, 2, 3)
 
 
@@ -92,7 +95,7 @@ def test_no_practice_with_what_judges():
     assert right == pytest.approx(1 - arithmetic.SLIPS, abs=0.02)
 
 
-def test_every_row_begins_where_the_others_do(make_palm, tmp_path):
+def test_every_row_begins_where_the_others_do(make_palm, tmp_path, monkeypatch):
     import rows
 
     class Letters:
@@ -115,11 +118,19 @@ def test_every_row_begins_where_the_others_do(make_palm, tmp_path):
 
     online = OnlineConfig(prompts=8, max_new_tokens=3, minibatch=8, policy_lr=1e-2, steps=2)
     task = rows.Task(
-        start, [[2, 3], [4]], lambda g: g.responses[:, 0].float(), lambda: [Pair("a", "b", "c", 1.0)] * 3,
-        online, OfflineConfig(batch=3, lr=1e-2), {"grpo": rows.Setting({}, {"kl_coef": 0.0})}, 4, evaluate,
+        "letters", "moved", start, [[2, 3], [4]], lambda g: g.responses[:, 0].float(),
+        lambda: [Pair("a", "b", "c", 1.0)] * 3, online, OfflineConfig(batch=3, lr=1e-2),
+        {"grpo": rows.Setting({}, {"kl_coef": 0.0})}, 4, evaluate,
     )  # fmt: skip
-    args = Namespace(rows=["grpo", "ppo", "dpo"], config={}, options={}, out=tmp_path)
+    args = Namespace(rows=["grpo", "ppo", "dpo"], config={}, options={}, out=tmp_path, rates=False)
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    with pytest.raises(ValueError, match=r"dpo needs its rate: .* got \[\]. Run letters.py --rates"):
+        rows.every_row(args, task, 2, {"moved": 0.0})
+    for rate, judged in zip(rows.RATES, (0.2, 0.3, 0.3)):
+        facts = {"row": "dpo", "settings": {"lr": rate}, "after": {"moved": judged}}
+        rows.write(tmp_path / "letters-tune" / f"dpo-{rate:g}-1.json", [{"step": 1}], **facts)
     rows.every_row(args, task, 2, {"moved": 0.0})
+    assert json.loads((tmp_path / "dpo-2.json").read_text())["settings"]["lr"] == 3e-5, "best, then smallest"
     assert len(seen) == 3
     assert min(seen) > 0
     assert all(torch.equal(value, before[name]) for name, value in start.model.state_dict().items())
@@ -128,6 +139,23 @@ def test_every_row_begins_where_the_others_do(make_palm, tmp_path):
     assert (grpo["settings"]["kl_coef"], grpo["samples"], grpo["before"]) == (0.0, 16, {"moved": 0.0})
     rows.every_row(replace_rows(args, ["grpo"]), task, 2, {"moved": 0.0})
     assert len(seen) == 3, "a run that is there was run again"
+
+
+def test_the_judge_calls_half_of_what_it_has_not_read_positive():
+    import judges
+
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for label, words, count in ((1.0, "good fine film plot", 300), (0.0, "bad film plot plot", 100)):
+        drawn = torch.randint(4, (count, 3), generator=generator).tolist()
+        found += [Labelled(" ".join(words.split()[i] for i in each), label) for each in drawn]
+    judge = judges.judge(found)
+    assert judge("film plot") < judges.NaiveBayes(found)("film plot"), "most are positive here"
+    called = sum(judge(example.text) > 0 for example in found) / len(found)
+    assert called == pytest.approx(0.5, abs=0.1)
+    assert judges.called_positive(lambda text: 1.0, found, "all") == {
+        "all_accuracy": 0.75, "all_on_positive": 1.0, "all_on_negative": 1.0,
+    }  # fmt: skip
 
 
 def replace_rows(args, rows):

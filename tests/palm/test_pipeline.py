@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from palm_rlhf.pipeline.chat import Bare
 from palm_rlhf.pipeline.scoring import Answer, RewardModelScorer, answers_of, as_generation
 from palm_rlhf.rewards import ModelReward, RewardModel
 from palm_rlhf.tasks.pairs import read_pairs
+from palm_rlhf.tasks.rows import encoded, read_rows
 from palm_rlhf.tokens import ByteTokenizer, load_tokenizer
 from palm_rlhf.trainers.offline import OfflineConfig, OfflineTrainer
 from tests.palm.command_line import called, refused, tokenizer_file
@@ -108,6 +110,57 @@ def test_a_killed_sample_goes_on_and_the_file_is_the_same(model, tmp_path, monke
                    model / "prompts.txt", "--out", cut, "--samples", 3)  # fmt: skip
     assert "was begun with" in said
     assert "another --out" in said
+
+
+def test_the_chain_in_parquet_is_the_chain_in_json_lines(model, tmp_path, monkeypatch):
+    """Killed, and killed once more before the working file is gone; what is read back are the same rows."""
+    pytest.importorskip("pyarrow", reason="pyarrow, the extra 'parquet', is not installed")
+    drawn, batches = ModelSampler.__call__, []
+
+    def dies(self, *arguments):
+        batches.append(len(arguments[0]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return drawn(self, *arguments)
+
+    monkeypatch.setattr(ModelSampler, "__call__", dies)
+    prompts = tmp_path / "prompts.parquet"
+    rows = [
+        {"messages": [{"role": "user", "content": text}], "more": i or None} for i, text in enumerate(PROMPTS)
+    ]
+    prompts.write_bytes(encoded(prompts, rows))
+    assert sample(model, tmp_path / "s.parquet", "--prompts-file", prompts) == 130
+    part = tmp_path / "s.parquet.part"
+    done = part.read_bytes()
+    assert len(done.splitlines()) == 8
+    assert not (tmp_path / "s.parquet").exists()
+    assert sample(model, tmp_path / "s.parquet", "--prompts-file", prompts) == 0
+    assert batches == [16, 16, 8, 8]
+    part.write_bytes(done)
+    assert sample(model, tmp_path / "s.parquet", "--prompts-file", prompts) == 0
+    assert sample(model, tmp_path / "s.jsonl") == 0
+    assert len(batches) == 7  # three of the last call alone
+    assert not part.exists()
+    found = {}
+    for kind in ("parquet", "jsonl"):
+        names = [tmp_path / f"{stage}.{kind}" for stage in ("s", "c", "p", "p.test")]
+        words = ["--reward", f"{model / 'rule.py'}:letters", "--quiet"]
+        assert called("score", "--samples", names[0], "--out", names[1], *words) == 0
+        assert called("pairs", "--scored", names[1], "--out", names[2], "--test", 2) == 0
+        found[kind] = [[row for _, row in read_rows(name, "")] for name in names]
+        found[kind].append(read_pairs(names[2]))
+    assert found["parquet"] == found["jsonl"]
+    assert len(found["jsonl"][3]) == 2
+
+
+def test_parquet_without_pyarrow_is_refused_before_anything_is_sampled(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    words = ["--model", model / "model.safetensors", "--quiet", "--out", tmp_path / "s.parquet"]
+    said = refused(capsys, "sample", *words, "--prompts-file", model / "prompts.txt")
+    assert "pip install 'rlhf-kernels[parquet]', or name the file .jsonl" in said
+    said = refused(capsys, "score", "--samples", tmp_path / "s.parquet", "--out", tmp_path / "c.jsonl")
+    assert "needs pyarrow" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_shards_are_parts_of_the_whole(model, tmp_path):
@@ -277,7 +330,7 @@ def test_mistakes_cost_one_sentence(model, tmp_path, capsys, monkeypatch):
         "none has at most 1 tokens": [*start, *prompts, "--max-prompt-tokens", 1],
         "--samples must be at least 1": [*start, *prompts, "--samples", 0],
         "--limit must be at least 1": [*start, *prompts, "--limit", 0],
-        "no extra of this package has pyarrow": [*start, *prompts, "--out", "s.parquet"],
+        "s.csv is not named so. Name it .jsonl": [*start, *prompts, "--out", "s.csv"],
         "the text file s.jsonl cannot be read": ["score", "--samples", "s.jsonl", "--out", "x.jsonl"],
         "--out must be given": ["pairs"],
         "--scored must be given": ["pairs", "--out", "p.jsonl"],
@@ -299,6 +352,18 @@ def test_mistakes_cost_one_sentence(model, tmp_path, capsys, monkeypatch):
     assert "is to be of palm-rlhf score" in refused(
         capsys, "pairs", "--scored", "s.jsonl", "--out", "p.jsonl"
     )
+    assert "s.jsonl is the file of samples itself" in refused(
+        capsys, "score", "--samples", "s.jsonl", "--out", tmp_path / "s.jsonl", "--reward", "words:1-"
+    )
+    said = refused(capsys, "pairs", "--scored", "c.jsonl", tmp_path / "c.jsonl", "--out", "p.jsonl")
+    assert "holds what c.jsonl holds" in said
+    train = ["train", "rebel", "--model", model / "model.safetensors", "--out", "r", "--pairs"]
+    assert '"chosen" is missing' in refused(capsys, *train, "c.jsonl")
+    words = ["score", "--samples", "s.jsonl", "--out", "f.jsonl", "--quiet", "--reward", "wrong.py:wrong"]
+    (tmp_path / "wrong.py").write_text("def wrong(prompt, response):\n    return prompt.text\n")
+    assert "raised AttributeError" in refused(capsys, *words)
+    (tmp_path / "wrong.py").write_text("def wrong(prompt, response):\n    return len(response)\n")
+    assert called(*words) == 0  # not one row depends on the mistake
     (tmp_path / "t.jsonl.part").write_text("")
     assert "t.jsonl is not complete" in refused(capsys, "score", "--samples", "t.jsonl", "--out", "x.jsonl")
     (tmp_path / "zero.py").write_text("def zero(prompt, response):\n    return 0\n")

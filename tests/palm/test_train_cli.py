@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 
 from palm_rlhf.commands.common import load_function, load_model
-from palm_rlhf.commands.rewards import named_reward
+from palm_rlhf.commands.rewards import named_reward, reward_version
 from palm_rlhf.generation import generate
+from palm_rlhf.pipeline.sampling import read_prompt_texts
+from palm_rlhf.pipeline.scoring import as_generation
 from palm_rlhf.rewards import ModelReward, load_reward_model
 from palm_rlhf.trainers.log import read_metrics
-from tests.palm.command_line import PPO, called, make_inputs, refused, same_tensors, without_clock
+from tests.palm.command_line import PPO, REWARD, called, make_inputs, refused, same_tensors, without_clock
 from tests.palm.test_text_rewards import BYTES, texts
 
 GRPO = ["--steps", "2", "--prompts", "2", "--samples", "3", "--minibatch", "3"]
@@ -47,6 +50,13 @@ def test_a_row_says_what_it_needs(made, tmp_path, capsys):
     words = [*start(made), "--out", tmp_path / "run", "--steps", 1]
     said = refused(capsys, "train", "rloo", *words, "--samples", 1)
     assert said.startswith("rloo compares responses to the same prompt and needs at least 2 of them")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "so much"}\n{"messages": [{"role": "user", "content": "rain"}]}\n')
+    assert read_prompt_texts(file) == ["so much", "rain"]
+    file.write_text('{"prompt": "so much"}\n{"messages": [{"role": "system", "content": "rain"}]}\n')
+    for command in (["train", "ppo", *words], ["generate", "--model", made / "text"]):
+        said = refused(capsys, *command, "--prompts-file", file)
+        assert "prompt 2 is a dialogue of several messages, or not the user's" in said
 
 
 def test_ppg_with_a_critic_of_bins_runs_its_phase(made, tmp_path):
@@ -114,6 +124,8 @@ def test_rewards_by_name(made, tmp_path, capsys):
     g = texts(("a", "so much"), ("b", "so"))
     assert named_reward(str(file), BYTES, BYTES.stop)(g).tolist() == [2 - 10, 1]
     assert named_reward("matches:much", BYTES, BYTES.stop)(g).tolist() == [1, 0]
+    (tmp_path / "words.json").write_text('{"so": 1, "much": 3}')
+    assert named_reward(f"lexicon:{tmp_path}/words.json", BYTES, BYTES.stop)(g).tolist() == [2, 1]
     words = ["generate", "--model", made / "text", "--prompt", "so", "--json", "--max-new-tokens", 8]
     assert called(*words, "--best-of", 3, "--reward", "characters:-2") == 0
     best = json.loads(capsys.readouterr().out)
@@ -139,8 +151,36 @@ def test_a_run_of_dpo_is_an_implicit_reward_that_a_policy_learns_from(made, tmp_
     reward = named_reward(f"implicit:{tmp_path / 'dpo'}", BYTES, BYTES.stop)
     assert reward.beta == 0.3
     assert reward(texts(("so", " much"))).abs() > 1e-6
+    scores_by_several(made, tmp_path, reward)
     told = ["--prompts-file", made / "prompts.txt", "--reward", f"implicit:{tmp_path / 'dpo'}"]
     assert called("train", "ppo", *words, *told, "--max-new-tokens", 4, *PPO, "--out", tmp_path / "ppo") == 0
+
+
+def scores_by_several(made, folder, reward):
+    """The pipeline's scores by `implicit:` and by an ensemble are the trainers' rewards."""
+    samples, scored, several = (folder / name for name in ("s.jsonl", "c.jsonl", "several.json"))
+    words = ["--model", made / "text", "--prompts-file", made / "prompts.txt", "--max-new-tokens", 5]
+    assert called("sample", *words, "--samples", 3, "--quiet", "--out", samples) == 0
+    rule = folder / "rule.py"
+    rule.write_text(REWARD)
+    names = [f"implicit:{folder / 'dpo'}", f"{rule}:letters"]
+    several.write_text(json.dumps({"combine": "min", "rewards": names}))
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    g = as_generation(
+        [row["prompt_tokens"] for row in rows for _ in row["responses"]],
+        [tokens for row in rows for tokens in row["response_tokens"]], 0,
+    )  # fmt: skip
+    letters = torch.tensor([float(sum(map(str.isalpha, text))) for row in rows for text in row["responses"]])
+    for name, expected in ((names[0], reward(g)), (several, torch.minimum(reward(g), letters))):
+        scored.unlink(missing_ok=True)
+        assert called("score", "--samples", samples, "--reward", name, "--quiet", "--out", scored) == 0
+        found = [json.loads(line)["scores"] for line in scored.read_text().splitlines()]
+        assert torch.tensor(found).flatten().tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    # What a member reads belongs to what the scores depend on.
+    told = json.loads(scored.with_name("c.jsonl.config.json").read_text())["reward_version"]
+    assert told == reward_version(str(several))
+    rule.write_text(REWARD + "\n")
+    assert [now == then for now, then in zip(reward_version(str(several)), told)] == [True, True, False]
 
 
 def test_a_reward_model_is_normalised_on_samples_of_its_model(made, tmp_path, capsys):

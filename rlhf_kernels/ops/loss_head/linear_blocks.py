@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.ops.loss_head.kernel_torch import log_sum_squares, spans, without_target
+from rlhf_kernels.runtime import onednn
 
 # Rows in work at a time: fewer read the weight too often, more only take memory.
 ROWS = 512
+# oneDNN reads the weight fast enough for fewer rows, whose logits (24 MB) may then stay in the cache.
+_CACHED, _FEWEST = 6 << 20, 64
 
 # (logits, target, temperature) -> logprob, entropy, peak, log total
 Reduce = Callable[[Tensor, Tensor, float], Sequence[Tensor]]
@@ -30,18 +33,23 @@ def _blocks(
     16-bit logits are rounded to 16 bits, as a model's own are. Ignored rows enter as zeros, so that what
     stands there, NaN included, stays there.
     """
-    memory = hidden.new_empty((min(len(hidden), ROWS), len(weight)))
-    for part in spans(len(hidden), ROWS):
+    by_onednn = onednn.suits(hidden, weight)
+    most = max(_FEWEST, min(ROWS, _CACHED // len(weight) // 32 * 32)) if by_onednn else ROWS
+    memory = None if by_onednn else hidden.new_empty((min(len(hidden), most), len(weight)))
+    for part in spans(len(hidden), most):
         rows = hidden[part].masked_fill(ignored[part, None], 0)
-        logits = memory[: len(rows)]
-        if bias is None:
-            torch.mm(rows, weight.t(), out=logits)
+        if by_onednn:
+            logits = onednn.product(rows, weight, bias)
+        elif bias is None:
+            logits = torch.mm(rows, weight.t(), out=memory[: len(rows)])
         else:
-            torch.addmm(bias, rows, weight.t(), out=logits)
+            logits = torch.addmm(bias, rows, weight.t(), out=memory[: len(rows)])
         if softcap is not None:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             logits.div_(softcap).tanh_().mul_(softcap)
         yield part, rows, logits
+        # Whoever takes a block drops it as well, so that there is never a second one.
+        del logits
 
 
 def forward(
@@ -80,6 +88,7 @@ def forward(
             result[part] = found
         if more & 4:
             log_squares[part] = log_sum_squares(logits, results[2][part], results[3][part], temperature)
+        del logits
     for result in (*results[:2], mean, is_top, log_squares):
         if len(result):
             result.masked_fill_(ignored, 0)
@@ -131,6 +140,7 @@ def backward(
             _add_product(grad_weight, grad.t(), rows)
         if to_bias:
             grad_bias.add_(grad.sum(0, dtype=peak.dtype))
+        del grad
     return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 

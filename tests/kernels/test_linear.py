@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from palm_rlhf.models import linear as module
-from palm_rlhf.models.linear import linear, pack, packed_linear
+from rlhf_kernels.runtime import linear as module
+from rlhf_kernels.runtime import onednn
+from rlhf_kernels.runtime.linear import linear, pack, packed_linear
 
-needs_onednn = pytest.mark.skipif(not module.available(), reason="this PyTorch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN")
 SHAPES = [((3, 5, 33), 17), ((1, 64), 300), ((2, 1, 48), 1), ((0, 7, 16), 9)]
 
 
@@ -44,7 +45,9 @@ def test_a_frozen_weight_and_a_strided_input():
 @pytest.mark.parametrize(("shape", "columns"), SHAPES[:3])
 def test_a_packed_weight_gives_the_same(shape, columns):
     x, weight = operands(shape, columns)
-    torch.testing.assert_close(packed_linear(x, pack(weight)), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+    for bias in (None, torch.arange(columns) - 3.0):
+        got, expected = packed_linear(x, pack(weight), bias), F.linear(x, weight, bias)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_other_dtypes_autocast_and_compilation_are_left_to_pytorch():
@@ -63,3 +66,18 @@ def test_other_dtypes_autocast_and_compilation_are_left_to_pytorch():
 def test_a_weight_too_large_is_not_copied(monkeypatch):
     monkeypatch.setattr(module, "_MOST", 31)
     assert pack(torch.ones(4, 8)) is None
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "layout"), [(48, {1: "blocks", 3: "packed"}), (33, {1: "weight", 3: "packed"})]
+)
+def test_a_held_weight_gives_the_same_for_any_rows(rows, size, layout):
+    """In blocks of columns, packed by oneDNN, or as it is where it has no whole number of blocks."""
+    _, weight = operands((1, 40), size)
+    held = module.Held(weight, rows)
+    assert [name for name, value in vars(held).items() if value is not None] == [layout[rows]]
+    for shape in ((1, 40), (2, 1, 40), (1, 5, 40), (2, 3, 40)):
+        x, _ = operands(shape, 1)
+        torch.testing.assert_close(held(x), F.linear(x, weight), rtol=1e-5, atol=1e-5)
