@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from statistics import median
 from typing import Any
 
@@ -62,11 +63,17 @@ def run(function: Any, call: Call) -> list[Tensor]:
     leaves += [p for module in modules for p in module.parameters() if p.requires_grad]
     if not differentiable or not leaves:
         return taken
-    torch.manual_seed(1)
-    # Not randn_like, which fills by strides: the two may lie differently in memory.
-    upstream = [torch.randn(t.shape, dtype=t.dtype).to(t.device) for t in differentiable]
+    upstream = _upstream(tuple((t.shape, t.dtype, t.device) for t in differentiable))
     gradients = torch.autograd.grad(differentiable, leaves, upstream, allow_unused=True)
     return [t.detach() for t in taken] + [torch.zeros(()) if g is None else g for g in gradients]
+
+
+@lru_cache(maxsize=4)
+def _upstream(kinds: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]) -> tuple[Tensor, ...]:
+    """Fixed gradients of such outputs, drawn once: drawing takes longer than some of what is timed."""
+    generator = torch.Generator().manual_seed(1)
+    # Not randn_like, which fills by strides: the two may lie differently in memory.
+    return tuple(torch.randn(shape, dtype=t, generator=generator).to(place) for shape, t, place in kinds)
 
 
 def difference(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
