@@ -10,8 +10,8 @@ heading "1/4  What runs here: rlhf-kernels doctor"
 rlhf-kernels doctor
 heading "2/4  Every kernel against its float64 definition: rlhf-kernels check --tier smoke"
 rlhf-kernels check --tier smoke
-heading "3/4  Against plain PyTorch and torch.compile: rlhf-kernels bench --tier smoke --dtype float32 --seconds 0.3"
-rlhf-kernels bench --tier smoke --dtype float32 --seconds 0.3
+heading "3/4  Against plain PyTorch and torch.compile: rlhf-kernels bench --tier smoke --dtype float32 --seconds 0.1"
+rlhf-kernels bench --tier smoke --dtype float32 --seconds 0.1
 heading "4/4  A model learns to multiply: palm-rlhf sft, palm-rlhf train ppo (benchmarks/learning/calculator.sh)"
 rm -rf runs/demo
 bash benchmarks/learning/calculator.sh auto runs/demo 1
