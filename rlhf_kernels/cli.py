@@ -152,6 +152,8 @@ def _timing(parser: argparse.ArgumentParser) -> None:
 
 def _bench_options(parser: argparse.ArgumentParser) -> None:
     _timing(parser)
+    many = {"action": "extend", "type": _words, "default": []}
+    parser.add_argument("--without", metavar="NAME,..", help="all but these, torch.compile for one", **many)
     parser.add_argument("--baseline", default="torch", metavar="NAME", help="what speed-ups are over")
     parser.add_argument(
         "--processes", type=_positive(int), help="the median of so many; 1, or 5 of a baseline"

@@ -173,6 +173,10 @@ def bench(args: argparse.Namespace) -> int:
     place = _place(args, seconds=1.0, threads=1)
     known = dict.fromkeys(name for spec in specs for name in names(spec))
     wanted = select.known("implementation", args.backend, known)
+    if without := select.known("implementation", args.without, known):
+        wanted = [name for name in wanted or known if name not in without]
+        if not wanted:
+            raise UsageError(f"nothing is left to time without {', '.join(without)}")
     (baseline,) = select.known("implementation", [args.baseline], known)
     tiers = args.tier or ("smoke", "typical")
     chosen = select.measurements(specs, args.case, args.dtype, tiers, first_dtype(place.device))

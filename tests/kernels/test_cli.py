@@ -66,6 +66,11 @@ def known_roofs(surroundings, monkeypatch):
         (["check", "--backend", "cuda", *SWIGLU], "unknown backend 'cuda': expected one of reference"),
         (["bench", "--impl", "liger", *SWIGLU], "unknown implementation 'liger': did you mean 'Liger'?"),
         (["bench", "--baseline", "TRL", *SWIGLU], "unknown implementation 'TRL': expected one of torch"),
+        (["bench", "--without", "trl", *SWIGLU], "unknown implementation 'trl': expected one of torch"),
+        (
+            ["bench", "--impl", "native", "--without", "native", *SWIGLU],
+            "nothing is left to time without native",
+        ),
         (["bench", "--tier", "awkward", *SWIGLU], "awkward cases are checked, not timed"),
         (["check", "--device", "tpu", *SWIGLU], "unknown device 'tpu': expected cpu or cuda"),
         (["bench", "--threads", "0"], "argument --threads: expected a number above zero, got 0"),
@@ -204,6 +209,14 @@ def test_bench_table(run):
     assert len({len(line) for line in lines}) == 1, "the columns of Markdown are aligned"
     assert "Again: rlhf-kernels bench planted_double" in out
     assert "[1/1] planted_double small float32" in err
+
+
+@needs_native
+def test_bench_without_torch_compile(run):
+    words = ["bench", "planted_double", *PLANTED, "--tier", "smoke", "--seconds", "0.05", "--json"]
+    code, out, err = run(*words, "--without", "torch.compile")
+    assert code == 0, err
+    assert {row["impl"] for row in json.loads(out)["rows"]} == {"torch", "native"}
 
 
 @needs_native
