@@ -30,6 +30,21 @@ install_torch_cpu() {
     $pip "torch==$TORCH_VERSION"
 }
 
+# With the versions of tools/constraints.txt where this Python can have them.
+install_pinned() {
+  "$venv/bin/python" -m pip install --quiet -c tools/constraints.txt "$@" || {
+    say "not all versions of tools/constraints.txt are to be had for this Python: installing the newest"
+    "$venv/bin/python" -m pip install --quiet "$@"
+  }
+}
+
+# The sources decide whether to build: pip needs seconds to find out that there is nothing to do.
+sources=$(find csrc setup.py rlhf_kernels/_build_flags.py -type f 2>/dev/null | LC_ALL=C sort | xargs cat | cksum | cut -d' ' -f1)
+build() {
+  PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
+  echo "$sources" >"$venv/.built"
+}
+
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   if [ ! -x "$venv/bin/python" ]; then
     if has_gpu_torch; then
@@ -44,30 +59,27 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "installing torch $TORCH_VERSION (CPU)"
     install_torch_cpu
   fi
-  say "installing build and test dependencies"
+  install_pinned "setuptools>=77" ninja pybind11 "numpy<2.4"
+  say "building and installing rlhf-kernels, and what its tests and demo need"
+  build &
+  building=$!
+  trap 'kill $building 2>/dev/null || true' EXIT
   "$venv/bin/python" -c 'import triton' 2>/dev/null || "$venv/bin/python" -m pip install --quiet triton==3.6.0
   "$venv/bin/python" - >"$venv/packages.txt" <<'PY'
 import re
 from pathlib import Path
 extras = re.findall(r'^(?:cli|report|test|train) = \[(.*)\]$', Path("pyproject.toml").read_text(), re.M)
 found = {item for line in extras for item in re.findall(r'"([^"]+)"', line)}
-print("\n".join(sorted(found | {"setuptools>=77", "ninja", "pybind11", "clang-format", "codespell"})))
+print("\n".join(sorted(found | {"clang-format", "codespell"})))
 PY
-  packages=(-r "$venv/packages.txt")
-  "$venv/bin/python" -m pip install --quiet -c tools/constraints.txt "${packages[@]}" || {
-    say "not all versions of tools/constraints.txt are to be had for this Python: installing the newest"
-    "$venv/bin/python" -m pip install --quiet "${packages[@]}"
-  }
+  install_pinned -r "$venv/packages.txt"
   rm -rf "$venv/triton-newest"
   "$venv/bin/python" -m pip install --quiet --no-deps --target "$venv/triton-newest" "$TRITON_NEWEST" ||
     say "no $TRITON_NEWEST for this interpreter: the interpreter tests run with one Triton only"
-fi
-
-# The sources decide whether to build: pip needs seconds to find out that there is nothing to do.
-sources=$(find csrc setup.py rlhf_kernels/_build_flags.py -type f 2>/dev/null | LC_ALL=C sort | xargs cat | cksum | cut -d' ' -f1)
-if [ "$(cat "$venv/.built" 2>/dev/null)" != "$sources" ] || [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-  say "building and installing rlhf-kernels"
-  PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
-  echo "$sources" >"$venv/.built"
+  wait $building
+  trap - EXIT
+elif [ "$(cat "$venv/.built" 2>/dev/null)" != "$sources" ]; then
+  say "building rlhf-kernels"
+  build
 fi
 echo "$wanted" >"$stamp"

@@ -1,4 +1,5 @@
 // gae on NumPy arrays.
+#include "advantage/optimize.h"
 #include "advantage/args.h"
 #include "common/host.h"
 #define RK_ROWS "advantage/rows.h"

@@ -1,4 +1,5 @@
 // gae on the CPU: schema, memory-safety checks, groups of rows in parallel.
+#include "advantage/optimize.h"
 #include "advantage/planes.h"
 #define RK_ROWS "advantage/rows.h"
 #include "common/foreach_isa.h"

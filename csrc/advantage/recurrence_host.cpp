@@ -1,4 +1,5 @@
 // linear_recurrence on NumPy arrays.
+#include "advantage/optimize.h"
 #include "advantage/args.h"
 #include "common/host.h"
 #define RK_ROWS "advantage/recurrence_rows.h"

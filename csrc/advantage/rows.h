@@ -5,6 +5,14 @@
 #include "common/lanes.h"
 #include "common/walk.h"
 
+// What is compiled for a kind: everything for float32, less for what is rarer, whose kernels are then those
+// of a more general kind. Each is a second of the compiler's.
+template <class T>
+constexpr GaeKind compiled(GaeKind kind) {
+  if (kOutgrown || sizeof(T) == 8) return GaeKind::kGeneral;
+  return sizeof(T) == 2 && kind == GaeKind::kZeroed ? GaeKind::kGeneral : kind;
+}
+
 // The flags of one block, a bit for each step; `kind` says which can be other than trivial.
 template <class A, GaeKind kind>
 struct FlagBits {
@@ -31,7 +39,7 @@ struct FlagBits {
 };
 
 template <class T, GaeKind kind>
-void gae_rows(const GaeForward<T>& g, int64_t begin, int64_t end) {
+RK_OUTLINE void gae_steps(const GaeForward<T>& g, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   using Vec = vec_t<A>;
   using Mask = mask_t<A>;
@@ -97,7 +105,7 @@ void gae_rows(const GaeForward<T>& g, int64_t begin, int64_t end) {
 // One scan forwards in time: `a` is what reaches a step's advantage from the outputs and from the step before
 // (`trace`), `next` what the step before sends to its value.
 template <class T, GaeKind kind>
-void gae_backward_rows(const GaeBackward<T>& g, int64_t begin, int64_t end) {
+RK_OUTLINE void gae_backward_steps(const GaeBackward<T>& g, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   using Vec = vec_t<A>;
   using Mask = mask_t<A>;
@@ -149,4 +157,13 @@ void gae_backward_rows(const GaeBackward<T>& g, int64_t begin, int64_t end) {
     if (kind == GaeKind::kGeneral && g.grad_next) store_steps<T>(follows, grad_next, walk);
     if (g.grad_last && walk.turns()) store_ends<T, A>(&next, g.grad_last, walk);
   }
+}
+
+template <class T, GaeKind kind>
+void gae_rows(const GaeForward<T>& g, int64_t begin, int64_t end) {
+  gae_steps<T, compiled<T>(kind)>(g, begin, end);
+}
+template <class T, GaeKind kind>
+void gae_backward_rows(const GaeBackward<T>& g, int64_t begin, int64_t end) {
+  gae_backward_steps<T, compiled<T>(kind)>(g, begin, end);
 }

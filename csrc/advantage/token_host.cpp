@@ -1,4 +1,5 @@
 // token_advantages on NumPy arrays, before whitening.
+#include "advantage/optimize.h"
 #include "advantage/args.h"
 #include "common/host.h"
 #include "normalize/moments.h"

@@ -1,4 +1,5 @@
 // token_advantages on the CPU: schema, memory-safety checks, groups of rows in parallel, then the whitening.
+#include "advantage/optimize.h"
 #include "advantage/planes.h"
 #include "normalize/moments.h"
 #define RK_ROWS "advantage/token_rows.h"

@@ -2,6 +2,9 @@
 
 // float lanes in one vector register of this instruction set
 constexpr int kLanes = RK_LANES;
+// Whether this level is for processors of before 2013 alone: right, and not worth much of the compiler's
+// time.
+constexpr bool kOutgrown = RK_MULTI_ISA && kLanes == 4;
 
 inline float bits_to_float(uint32_t bits) {
   return __builtin_bit_cast(float, bits);

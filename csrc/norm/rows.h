@@ -13,24 +13,48 @@ template <class T>
 RK_INLINE vec_t<acc_t<T>> load_part(const T* from, Whole, acc_t<T>) {
   return load_lanes(from);
 }
-// n elements and `fill` for the rest.
+// n elements and `fill` for the rest; and so many written.
 template <class T>
-RK_INLINE vec_t<acc_t<T>> load_part(const T* from, int64_t n, acc_t<T> fill) {
+RK_INLINE vec_t<acc_t<T>> load_rest(const T* from, int64_t n, acc_t<T> fill) {
   using A = acc_t<T>;
   A wide[Lanes<A>::n];
   for (int i = 0; i < Lanes<A>::n; ++i) wide[i] = i < n ? load(from[i]) : fill;
   return load_lanes(wide);
 }
+template <class T>
+RK_INLINE void store_rest(T* to, const vec_t<acc_t<T>>& from, int64_t n) {
+  T narrow[Lanes<acc_t<T>>::n];
+  store_lanes<T>(narrow, from);
+  for (int64_t i = 0; i < n; ++i) to[i] = narrow[i];
+}
 
+// The end of a row is a small part of it, and in every place where it is inlined a second of the compiler's.
+template <class T>
+RK_OUTLINE vec_t<acc_t<T>> load_rest_apart(const T* from, int64_t n, acc_t<T> fill) {
+  return load_rest(from, n, fill);
+}
+template <class T>
+RK_OUTLINE void store_rest_apart(T* to, const vec_t<acc_t<T>>& from, int64_t n) {
+  store_rest<T>(to, from, n);
+}
+template <class T>
+constexpr bool kInlined = std::is_same_v<T, float> && !kOutgrown;
+
+template <class T>
+RK_INLINE vec_t<acc_t<T>> load_part(const T* from, int64_t n, acc_t<T> fill) {
+  if constexpr (kInlined<T>) return load_rest(from, n, fill);
+  return load_rest_apart(from, n, fill);
+}
 template <class T>
 RK_INLINE void store_part(T* to, const vec_t<acc_t<T>>& from, Whole) {
   store_lanes<T>(to, from);
 }
 template <class T>
 RK_INLINE void store_part(T* to, const vec_t<acc_t<T>>& from, int64_t n) {
-  T narrow[Lanes<acc_t<T>>::n];
-  store_lanes<T>(narrow, from);
-  for (int64_t i = 0; i < n; ++i) to[i] = narrow[i];
+  if constexpr (kInlined<T>)
+    store_rest<T>(to, from, n);
+  else
+    store_rest_apart<T>(to, from, n);
 }
 
 // f(where, which chain, how many) for each vector of n elements.
@@ -38,7 +62,7 @@ template <class A, class F>
 RK_INLINE void each_vector(int64_t n, const F& f) {
   constexpr int64_t lanes = Lanes<A>::n;
   int64_t i = 0;
-  for (; i + kChains * lanes <= n; i += kChains * lanes) {
+  for (; !kOutgrown && i + kChains * lanes <= n; i += kChains * lanes) {
     f(i, 0, Whole());
     f(i + lanes, 1, Whole());
     f(i + 2 * lanes, 2, Whole());
@@ -75,7 +99,7 @@ RK_INLINE double total(const vec_t<A>& lanes) {
 // Two sums over a row; term(where, how many, sums) adds a vector's.
 template <class A, class F>
 RK_INLINE Sums<A> sums_of(int64_t n, const F& term) {
-  constexpr int64_t block = kRounds * kChains * Lanes<A>::n;
+  constexpr int64_t block = kRounds * (kOutgrown ? 1 : kChains) * Lanes<A>::n;
   Sums<A> whole;
   for (int64_t begin = 0; begin < n; begin += block) {
     Sums<A> chain[kChains];

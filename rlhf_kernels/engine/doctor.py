@@ -156,7 +156,7 @@ def _tuned() -> Iterator[Finding]:
 
 
 def _device_of(entry: dict) -> str:
-    return "cpu" if entry["device"] == tuned.device_name("cpu") or not torch.cuda.is_available() else "cuda"
+    return "cpu" if entry["device"] == tuned.table_device("cpu") or not torch.cuda.is_available() else "cuda"
 
 
 def _peers() -> Iterator[Finding]:

@@ -66,7 +66,7 @@ class Outcome:
         """The line of the table."""
         return {
             "op": self.op, "backend": self.backend, "function": self.function,
-            "device": tuned.device_name(device), "threads": threads,
+            "device": tuned.table_device(device), "threads": threads,
             "dtype": self.dtype, "class": list(self.shape), "case": self.case,
             "values": self.values, "default": self.default, "gain": round(self.gain, 3),
             "timings_us": self.timings_us, "versions": tuned.versions(self.backend),

@@ -155,6 +155,7 @@ class Op:
         room: the package of the room, `__name__` of its `__init__.py`.
         order: device type -> backends, best first; other device types get ("torch",).
         modules: backend -> module, where a room of several ops names its files otherwise.
+        sized_by: which argument of `forward` has the shape that a tuned table goes by.
     """
 
     def __init__(
@@ -163,11 +164,13 @@ class Op:
         room: str,
         order: dict[str, tuple[str, ...]],
         modules: dict[str, str] | None = None,
+        sized_by: int = 0,
     ) -> None:
         self.name = name
         self.room = room
         self.order = order
         self.modules = modules or {}
+        self.sized_by = sized_by
         self._chosen: dict[Hashable, Any] = {}
         OPS[name] = self
 
@@ -229,7 +232,8 @@ class Op:
                 if refused:
                     why = "; ".join(refused)
                     self._fell_back(name, device, why)
-                kernel, note = tuned.bind(self.name, name, self.module(name), device, held.trials)
+                module = self.module(name)
+                kernel, note = tuned.bind(self.name, name, module, device, held.trials, self.sized_by)
                 return Choice(self.name, device, dtype, name, f"{why}; {note}" if note else why, kernel)
             refused.append(f"{name}: {reason}")
         raise BackendError(f"{self.name} on {device} in {dtype}: no backend can run ({'; '.join(refused)})")

@@ -3,8 +3,9 @@
 A knob is a keyword argument, with a default, of a kernel's `forward` or `backward`; the kernel does nothing
 else for it. Where the table has an entry for the op, backend, device, number of threads and versions at hand,
 the kernel is wrapped and each call looks up its dtype and shape; otherwise it is left as it is and costs
-nothing. A shape is looked up by the powers of two of its rows and columns: the same pair, else the nearest
-pair within what was measured, else the default, because a table that was measured elsewhere may mislead.
+nothing. A shape, that of the argument which the op names, is looked up by the powers of two of its rows and
+columns: the same pair, else the nearest pair within what was measured, else the default, because a table that
+was measured elsewhere may mislead.
 
 The table is <cache>/tuned.json; RLHF_KERNELS_TUNED=0 leaves it unread.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from rlhf_kernels.runtime.files import cache_directory
 
-SCHEMA = 1
+SCHEMA = 2
 FUNCTIONS = ("forward", "backward")
 # An entry for no function: whether a backend was faster than the first choice, the value of CHOSEN.
 CHOICE, CHOSEN = "choice", "chosen"
@@ -60,12 +61,26 @@ def device_name(device: str) -> str:
     """The processor or GPU that a measurement belongs to."""
     if device != "cpu":
         return torch.get_device_module(device).get_device_name()
+    return _processor().get("model name") or platform.processor() or platform.machine()
+
+
+def table_device(device: str) -> str:
+    """The same for an entry: clouds call processors of several kinds by one name, as "AMD EPYC"."""
+    known = _processor() if device == "cpu" else {}
+    words = (("family", "cpu family"), ("model", "model"))
+    model = ", ".join(f"{word} {known[key]}" for word, key in words if key in known)
+    return f"{device_name(device)} ({model})" if model else device_name(device)
+
+
+@cache
+def _processor() -> dict[str, str]:
+    """What the system says of its first processor, by its names."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        return next(names, platform.machine())
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:
-        return platform.processor() or platform.machine()
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def versions(backend: str) -> dict[str, str]:
@@ -99,7 +114,7 @@ def forget() -> None:
 
 def mismatch(entry: Mapping[str, Any], device: str) -> str | None:
     """Why an entry is not used here, or None."""
-    here = device_name(device)
+    here = table_device(device)
     if entry["device"] != here:
         return f"measured on {entry['device']}, this is {here}"
     if device == "cpu" and entry["threads"] != torch.get_num_threads():
@@ -152,25 +167,25 @@ def lookup(found: Classes, wanted: ShapeClass) -> tuple[Values, str]:
 
 
 class Tuned:
-    """A kernel's function with the values of its knobs bound by the dtype and shape of the first argument."""
+    """A kernel's function with the values of its knobs bound by the dtype and shape of one argument."""
 
-    __slots__ = ("_bound", "_classes", "_function")
+    __slots__ = ("_bound", "_classes", "_function", "_sized_by")
 
-    def __init__(self, function: Callable[..., Any], found: dict[str, Classes]) -> None:
-        self._function, self._classes = function, found
+    def __init__(self, function: Callable[..., Any], found: dict[str, Classes], sized_by: int) -> None:
+        self._function, self._classes, self._sized_by = function, found, sized_by
         self._bound: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        first = args[0]
-        bound = self._bound.get((first.shape, first.dtype))
-        return (bound or self._bind(first))(*args)
+        sized = args[self._sized_by]
+        bound = self._bound.get((sized.shape, sized.dtype))
+        return (bound or self._bind(sized))(*args)
 
-    def _bind(self, first: Tensor) -> Callable[..., Any]:
-        found = self._classes.get(str(first.dtype).removeprefix("torch."), {})
-        values, _ = lookup(found, shape_class(first))
+    def _bind(self, sized: Tensor) -> Callable[..., Any]:
+        found = self._classes.get(str(sized.dtype).removeprefix("torch."), {})
+        values, _ = lookup(found, shape_class(sized))
         if len(self._bound) >= _REMEMBERED:
             self._bound.clear()
-        bound = self._bound[first.shape, first.dtype] = (
+        bound = self._bound[sized.shape, sized.dtype] = (
             partial(self._function, **values) if values else self._function
         )
         return bound
@@ -181,12 +196,12 @@ class Tried:
 
     seen: dict[tuple[str, str, str], ShapeClass] = {}  # noqa: RUF012  shared on purpose: trials are made anew
 
-    def __init__(self, function: Callable[..., Any], trial: Trial) -> None:
+    def __init__(self, function: Callable[..., Any], trial: Trial, sized_by: int) -> None:
         self._call = partial(function, **dict(trial.values))
-        self._key = trial[:3]
+        self._key, self._sized_by = trial[:3], sized_by
 
     def __call__(self, *args: Any) -> Any:
-        Tried.seen[self._key] = shape_class(args[0])
+        Tried.seen[self._key] = shape_class(args[self._sized_by])
         return self._call(*args)
 
 
@@ -202,18 +217,23 @@ class Kernel:
 
 
 def bind(
-    op: str, backend: str, module: ModuleType, device: str, trials: tuple[Trial, ...]
+    op: str, backend: str, module: ModuleType, device: str, trials: tuple[Trial, ...], sized_by: int = 0
 ) -> tuple[Any, str]:
-    """The kernel with its tuned values, and a note for `explain`; the module itself where there are none."""
+    """The kernel with its tuned values, and a note for `explain`; the module itself where there are none.
+
+    `sized_by`: the argument of `forward` whose shape counts; of `backward` it is the first.
+    """
     replaced: dict[str, Callable[..., Any]] = {}
+    sizes = {"forward": sized_by, "backward": 0}
     for trial in trials:
         if (trial.op, trial.backend) == (op, backend):
-            replaced[trial.function] = Tried(getattr(module, trial.function), trial)
+            name = trial.function
+            replaced[name] = Tried(getattr(module, name), trial, sizes[name])
     if replaced:
         return Kernel(module, replaced), "on trial"
     count = 0
     for function in FUNCTIONS if _entries() else ():
         if found := classes(op, backend, function, device):
-            replaced[function] = Tuned(getattr(module, function), found)
+            replaced[function] = Tuned(getattr(module, function), found, sizes[function])
             count += sum(map(len, found.values()))
     return (Kernel(module, replaced), f"tuned for {count} shapes") if replaced else (module, "")

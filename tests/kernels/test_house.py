@@ -134,12 +134,13 @@ start = time.process_time()  # a busy machine does not count
 import rlhf_kernels
 took = time.process_time() - start
 new = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
-print(round(took * 1e3, 1), sorted(name for name in new if not name.startswith('_') ))
+print(round(took * 1e3, 1), round(start * 1e3), sorted(name for name in new if not name.startswith('_') ))
 """
     cached = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}  # as in an installation
     runs = [_python(code, **cached)[1] for _ in range(5)]
     assert all("['rlhf_kernels']" in run for run in runs), runs
-    assert min(float(run.split()[0]) for run in runs) < 50
+    took, of_torch = (min(float(run.split()[i]) for run in runs) for i in (0, 1))
+    assert took < max(50, 0.04 * of_torch), "milliseconds: 50 where torch takes 1250"
 
 
 def test_build_record_gives_the_reason(tmp_path, monkeypatch):

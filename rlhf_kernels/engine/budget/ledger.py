@@ -20,8 +20,9 @@ DIRECTORY = Path(__file__).parents[1] / "budgets"
 # Of every figure, how a measured one may differ. A matrix-instruction count that rises is doubled work.
 MOST = ("registers", "spills", "shared", "narrow_loads", "instructions")
 EXACT = ("tensor_core",)
-# The counts repeat to the instruction; this allows for another version of pybind11's calling code.
-TOLERANCE = {"instructions": 0.001}
+# The counts repeat to the instruction on one machine; this allows for what libc chooses for another processor
+# (0.38 % of `sample` between two), and for another version of pybind11's calling code.
+TOLERANCE = {"instructions": 0.005}
 
 
 def excess(figures: Mapping[str, int], budget: Mapping[str, int]) -> list[str]:

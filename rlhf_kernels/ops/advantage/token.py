@@ -22,6 +22,7 @@ _OP = Op(
         "triton": "token_kernel_triton",
         "reference": "token_reference",
     },
+    sized_by=2,
 )
 _INPUTS = (
     "Tensor score, Tensor kl, Tensor values, Tensor mask, "

@@ -21,6 +21,7 @@ _OP = Op(
         "native": "decode_kernel_native",
         "triton": "decode_kernel_triton",
     },
+    sized_by=1,
 )
 _WHOLE = (torch.int64, torch.int32)
 _grad_enabled = torch.is_grad_enabled
