@@ -11,8 +11,8 @@ rlhf-kernels doctor
 heading "2/4  Every kernel against its float64 definition: rlhf-kernels check --tier smoke"
 rlhf-kernels check --tier smoke
 heading "3/4  Against plain PyTorch and torch.compile: rlhf-kernels bench --tier smoke --dtype float32 --seconds 0.1"
-# torch.compile needs 10 to 30 s for each direction of a scan along time, and seconds for anything else.
-scans="gae linear_recurrence discounted_return lambda_return vtrace"
+echo "Scans along time come last, without torch.compile, which takes 10 to 40 s to compile each of them."
+scans="gae token_advantages linear_recurrence discounted_return lambda_return vtrace"
 others=$(rlhf-kernels list --json | python -c '
 import json, sys
 print(*(one["op"] for one in json.load(sys.stdin) if one["op"] not in sys.argv[1:]))' $scans)

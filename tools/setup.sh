@@ -61,9 +61,11 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   fi
   install_pinned "setuptools>=77" ninja pybind11 "numpy<2.4"
   say "building and installing rlhf-kernels, and what its tests and demo need"
+  set -m # a process group of its own, so that Ctrl-C ends the compilers too
   build &
   building=$!
-  trap 'kill $building 2>/dev/null || true' EXIT
+  set +m
+  trap 'kill -- -$building 2>/dev/null || true' EXIT
   "$venv/bin/python" -c 'import triton' 2>/dev/null || "$venv/bin/python" -m pip install --quiet triton==3.6.0
   "$venv/bin/python" - >"$venv/packages.txt" <<'PY'
 import re

@@ -45,16 +45,29 @@ RK_INLINE void soften(float* scores, int vectors, float* top, float* total, floa
     for (int h = 0; h < heads; ++h) total[h] += lanes[i * heads + h];
 }
 
-// acc = shrink * acc + weights * values, for 2n elements of the heads.
-template <class T, int heads>
-RK_INLINE void weigh(const T* v, int64_t stride, int count, int64_t cols, const float* weights,
-                     const float* shrink, float* acc, int64_t width) {
-  Floats sum[heads][2];
+template <int heads>
+RK_INLINE void load_sums(Floats (&sum)[heads][2], const float* acc, int64_t width, const float* shrink) {
 #pragma GCC unroll 8
   for (int h = 0; h < heads; ++h) {
     sum[h][0] = load_lanes(acc + h * width) * shrink[h];
     sum[h][1] = load_lanes(acc + h * width + kLanes) * shrink[h];
   }
+}
+template <int heads>
+RK_INLINE void store_sums(const Floats (&sum)[heads][2], float* acc, int64_t width) {
+#pragma GCC unroll 8
+  for (int h = 0; h < heads; ++h) {
+    store_lanes<float>(acc + h * width, sum[h][0]);
+    store_lanes<float>(acc + h * width + kLanes, sum[h][1]);
+  }
+}
+
+// acc = shrink * acc + weights * values, for 2n elements of the heads.
+template <class T, int heads>
+RK_INLINE void weigh(const T* v, int64_t stride, int count, int64_t cols, const float* weights,
+                     const float* shrink, float* acc, int64_t width) {
+  Floats sum[heads][2];
+  load_sums<heads>(sum, acc, width, shrink);
   T padded[kChunk] = {};
   for (int s = 0; s < count; ++s) {
     const T* from = v + s * stride;
@@ -71,11 +84,7 @@ RK_INLINE void weigh(const T* v, int64_t stride, int count, int64_t cols, const 
       sum[h][1] += second * weights[s * heads + h];
     }
   }
-#pragma GCC unroll 8
-  for (int h = 0; h < heads; ++h) {
-    store_lanes<float>(acc + h * width, sum[h][0]);
-    store_lanes<float>(acc + h * width + kLanes, sum[h][1]);
-  }
+  store_sums<heads>(sum, acc, width);
 }
 
 // The same for two keys at a time, whose weights are a pair of bfloat16 in one word.
@@ -83,11 +92,7 @@ template <int heads>
 RK_INLINE void weigh_pairs(const bf16* v, int64_t stride, int count, int64_t cols, const float* weights,
                            const float* shrink, float* acc, int64_t width) {
   Floats sum[heads][2];
-#pragma GCC unroll 8
-  for (int h = 0; h < heads; ++h) {
-    sum[h][0] = load_lanes(acc + h * width) * shrink[h];
-    sum[h][1] = load_lanes(acc + h * width + kLanes) * shrink[h];
-  }
+  load_sums<heads>(sum, acc, width, shrink);
   const bool whole = cols == kChunk;
   bf16 padded[2][kChunk];
   for (int s = 0; s < count; s += 2) {
@@ -113,11 +118,7 @@ RK_INLINE void weigh_pairs(const bf16* v, int64_t stride, int count, int64_t col
       multiply(sum[h][1], odds, weight, std::true_type());
     }
   }
-#pragma GCC unroll 8
-  for (int h = 0; h < heads; ++h) {
-    store_lanes<float>(acc + h * width, sum[h][0]);
-    store_lanes<float>(acc + h * width + kLanes, sum[h][1]);
-  }
+  store_sums<heads>(sum, acc, width);
 }
 
 // weights[s][heads] rounded, and those of two keys in one word.

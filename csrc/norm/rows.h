@@ -42,8 +42,10 @@ constexpr bool kInlined = std::is_same_v<T, float> && !kOutgrown;
 
 template <class T>
 RK_INLINE vec_t<acc_t<T>> load_part(const T* from, int64_t n, acc_t<T> fill) {
-  if constexpr (kInlined<T>) return load_rest(from, n, fill);
-  return load_rest_apart(from, n, fill);
+  if constexpr (kInlined<T>)
+    return load_rest(from, n, fill);
+  else
+    return load_rest_apart(from, n, fill);
 }
 template <class T>
 RK_INLINE void store_part(T* to, const vec_t<acc_t<T>>& from, Whole) {

@@ -146,7 +146,12 @@ def _tuned() -> Iterator[Finding]:
     path = tuned.table_path()
     entries = tuned.read_table(path)
     if not entries:
-        yield Finding("tuned table", "tuned.json", "absent", f"none at {path}: rlhf-kernels tune makes it")
+        yield Finding(
+            "tuned table",
+            "tuned.json",
+            "absent",
+            f"none that this version reads at {path}: rlhf-kernels tune makes it",
+        )
         return
     reasons = Counter(tuned.mismatch(entry, _device_of(entry)) for entry in entries)
     used = reasons.pop(None, 0)

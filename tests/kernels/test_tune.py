@@ -122,6 +122,16 @@ def test_the_argument_that_grows_says_the_shape(name, case, argument):
     assert tuned.Tried.seen[trial[:3]] == tuned.shape_class(inputs.args[argument])
 
 
+def test_values_are_bound_by_that_argument():
+    def kernel(score, values, grain=0):
+        return grain
+
+    found = {"float32": {(5, 8): {"grain": 7}}}
+    score, values = torch.zeros(16), torch.zeros(16, 128)
+    assert tuned.Tuned(kernel, found, 1)(score, values) == 7
+    assert tuned.Tuned(kernel, found, 0)(score, values) == 0
+
+
 def test_lookup_is_exact_or_near_within_range_or_the_default():
     found = {(5, 5): {"grain": 1}, (9, 5): {"grain": 2}, (9, 9): {"grain": 3}}
     assert tuned.lookup(found, (9, 5)) == ({"grain": 2}, "exact")

@@ -111,6 +111,14 @@ def token_advantages(
         TypeError: an input is not floating-point, dtypes differ, mask is not boolean, a number is none.
         ValueError: a shape or device does not fit, mask_mode or normalize is unknown.
     """
+    return _token_advantages(*operands(score, kl, values, mask, kl_coef, gamma, lam, mask_mode, normalize))
+
+
+def operands(
+    score: Tensor, kl: Tensor, values: Tensor, mask: Tensor,
+    kl_coef: float, gamma: float, lam: float, mask_mode: str, normalize: bool | str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What kernels take, of arguments that are checked here."""
     name = "token_advantages"
     floating(name, "values", values)
     if values.dim() != 2:
@@ -128,7 +136,7 @@ def token_advantages(
         raise ValueError(f"{name}(): mask_mode must be 'carry' or 'zero', got {mask_mode!r}")
     options = _normalization(normalize)
     flags = as_flags(options["eps_mode"], options["unbiased"], True, True)
-    return _token_advantages(
+    return (
         score, kl, values, mask, kl_coef, gamma, lam, mask_mode == "carry", normalize is not False,
         options["eps"], flags,
     )  # fmt: skip

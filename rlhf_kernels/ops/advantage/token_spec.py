@@ -25,8 +25,8 @@ from rlhf_kernels.engine.spec import (
     randn,
     row_mask,
 )
-from rlhf_kernels.ops.advantage.token import token_advantages
-from rlhf_kernels.runtime.dispatch import backend
+from rlhf_kernels.ops.advantage import token_kernel_torch, token_reference
+from rlhf_kernels.ops.advantage.token import operands, token_advantages
 
 ALL_DTYPES = (*FLOAT_DTYPES, torch.float64)
 ARGUMENTS = ("mask_mode", "normalize")
@@ -97,12 +97,14 @@ def cost(case: Case, dtype: torch.dtype, direction: Direction) -> Cost:
     return Cost(flops=n * 15, bytes=4 * n * itemsize(dtype) + n)
 
 
-def _on(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The public function on one backend: as definition, and as plain form."""
+def _by(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The public function by one module's arithmetic, around the operator: torch.compile sees through it."""
 
-    def function(**arguments: Any) -> tuple[Tensor, Tensor]:
-        with backend(f"token_advantages={name}"):
-            return token_advantages(**arguments)
+    def function(
+        score: Tensor, kl: Tensor, values: Tensor, mask: Tensor, *, kl_coef: float, gamma: float = 1.0,
+        lam: float = 0.95, mask_mode: str = "carry", normalize: bool | str = True,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return forward(*operands(score, kl, values, mask, kl_coef, gamma, lam, mask_mode, normalize))
 
     return function
 
@@ -181,8 +183,8 @@ SPEC = OpSpec(
     family="advantage",
     summary="scores and KL terms to whitened advantages, as one op",
     function=token_advantages,
-    reference=_on("reference"),
-    torch_form=_on("torch"),
+    reference=_by(token_reference.forward),
+    torch_form=_by(token_kernel_torch.forward),
     make=make,
     cost=cost,
     cases=CASES,
