@@ -7,7 +7,8 @@ Three extensions, none of them required:
 
 A room of csrc/ is found by its files: <family>/ops.cpp, <family>/cuda.cu, <family>/host.cpp; a room of
 several ops may have more of them, such as <family>/<op>_ops.cpp.
-Environment: RLHF_KERNELS_NO_EXT=1 builds nothing; FORCE_CUDA=1; TORCH_CUDA_ARCH_LIST; MAX_JOBS.
+Environment: RLHF_KERNELS_NO_EXT=1 builds nothing; RLHF_KERNELS_LEVELS=here leaves AVX-512 out where this
+processor has none; FORCE_CUDA=1; TORCH_CUDA_ARCH_LIST; MAX_JOBS.
 What was left out, and why, is written to rlhf_kernels/_build.json, which `rlhf-kernels doctor` prints.
 """
 
@@ -27,7 +28,8 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = Path("csrc")
 PACKAGE = ROOT / "rlhf_kernels"
 FLAGS = runpy.run_path(str(PACKAGE / "_build_flags.py"))  # the guards compile with the same
-STABLE_ABI, CXX_FLAGS, NVCC_FLAGS = FLAGS["STABLE_ABI"], FLAGS["CXX_FLAGS"], FLAGS["NVCC_FLAGS"]
+STABLE_ABI, NVCC_FLAGS = FLAGS["STABLE_ABI"], FLAGS["NVCC_FLAGS"]
+CXX_FLAGS = FLAGS["CXX_FLAGS"] + FLAGS["level_flags"](os.environ.get("RLHF_KERNELS_LEVELS") == "here")
 
 skipped: dict[str, str] = {}
 

@@ -28,8 +28,9 @@ def flags() -> list[str]:
     """The flags of the real build, with line numbers and checks, hardly optimised."""
     import pybind11
 
-    given = runpy.run_path(str(ROOT / "rlhf_kernels" / "_build_flags.py"))["CXX_FLAGS"]
-    kept = [flag for flag in given if not flag.startswith(("-O", "-g"))]
+    given = runpy.run_path(str(ROOT / "rlhf_kernels" / "_build_flags.py"))
+    real = given["CXX_FLAGS"] + given["level_flags"](here=True)
+    kept = [flag for flag in real if not flag.startswith(("-O", "-g"))]
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     return ["-std=c++17", "-Og", "-g1", "-fPIC", "-fno-omit-frame-pointer", *kept, *_SANITIZE, *includes]
 

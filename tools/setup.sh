@@ -3,7 +3,8 @@
 # returns at once; changed C++ or CUDA sources are rebuilt.
 #
 #   PYTHON=python3.12 bash tools/setup.sh     another interpreter
-#   TORCH="torch==2.12.0" bash tools/setup.sh another torch
+#   TORCH_VERSION=2.12.0 bash tools/setup.sh  another torch
+#   RLHF_KERNELS_LEVELS=all bash tools/setup.sh  with AVX-512 kernels where this processor cannot run them
 #
 # With a GPU, the torch already installed for $PYTHON is used (--system-site-packages) and nothing is downloaded
 # that it brings along. Without one, the CPU build of torch is installed.
@@ -39,7 +40,11 @@ install_pinned() {
 }
 
 # The sources decide whether to build: pip needs seconds to find out that there is nothing to do.
-sources=$(find csrc setup.py rlhf_kernels/_build_flags.py -type f 2>/dev/null | LC_ALL=C sort | xargs cat | cksum | cut -d' ' -f1)
+export RLHF_KERNELS_LEVELS=${RLHF_KERNELS_LEVELS:-here}
+sources=$({
+  find csrc setup.py rlhf_kernels/_build_flags.py -type f 2>/dev/null | LC_ALL=C sort | xargs cat
+  echo "$RLHF_KERNELS_LEVELS" && grep -m1 -o avx512vl /proc/cpuinfo || true
+} | cksum | cut -d' ' -f1)
 build() {
   PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
   echo "$sources" >"$venv/.built"

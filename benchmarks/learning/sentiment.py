@@ -74,6 +74,8 @@ SETTINGS: Mapping[str, Setting] = {
     **{name: Setting({}, HELD) for name in ALGORITHMS},
     "ppo": CRITIC,
     "ppg": CRITIC,
+    # It takes no negative scores, which a divergence in the reward makes.
+    "maxrl": Setting({}, {**HELD, "kl_in": "loss", "kl": "k2"}),
 }
 
 

@@ -201,11 +201,10 @@ void launch_rows(const OnDevice& on, const Problem& g, bool is_aligned, void (*v
   launch(on, is_aligned ? vectors : elements, g.rows, threads, 0, g);
 }
 
-std::tuple<Tensor, Tensor> gae_general(const Tensor& rewards, const Tensor& values,
-                                       const std::optional<Tensor>& mask, const std::optional<Tensor>& done,
-                                       const std::optional<Tensor>& truncated,
-                                       const std::optional<Tensor>& next_value, double gamma, double lam,
-                                       bool carry, int64_t) {
+std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& mask,
+                               const std::optional<Tensor>& done, const std::optional<Tensor>& truncated,
+                               const std::optional<Tensor>& next_value, double gamma, double lam, bool carry,
+                               int64_t) {
   const OnDevice on(rewards);
   return gae_results(rewards, values, mask, done, truncated, next_value, gamma, lam, carry,
                      [&]<class T>(const GaeForward<T>& g) {
@@ -216,9 +215,9 @@ std::tuple<Tensor, Tensor> gae_general(const Tensor& rewards, const Tensor& valu
                      });
 }
 
-std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, double gamma, double lam,
-                               const std::optional<Tensor>& mask, int64_t grain) {
-  return gae_general(rewards, values, mask, {}, {}, {}, gamma, lam, true, grain);
+std::tuple<Tensor, Tensor> gae_common(const Tensor& rewards, const Tensor& values, double gamma, double lam,
+                                      const std::optional<Tensor>& mask, int64_t grain) {
+  return gae(rewards, values, mask, {}, {}, {}, gamma, lam, true, grain);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gae_backward(const Tensor& grad, const Tensor& grad_returns,
@@ -241,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> gae_backward(const Tensor& grad, const Tensor
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels_native, CUDA, m) {
+  m.impl("gae_common", TORCH_BOX(&rk::cuda::gae_common));
   m.impl("gae", TORCH_BOX(&rk::cuda::gae));
-  m.impl("gae_general", TORCH_BOX(&rk::cuda::gae_general));
   m.impl("gae_backward", TORCH_BOX(&rk::cuda::gae_backward));
 }

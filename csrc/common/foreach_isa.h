@@ -27,17 +27,23 @@ namespace v3 {
 }  // namespace rk
   #pragma GCC pop_options
 
-  #pragma GCC push_options
-  #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+  #ifdef RK_WITHOUT_V4
+namespace rk {
+namespace v4 = v3;
+}
+  #else
+    #pragma GCC push_options
+    #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace rk {
 namespace v4 {
-  #define RK_LANES 16
-  #include "common/math.h"
-  #include RK_ROWS
-  #undef RK_LANES
+    #define RK_LANES 16
+    #include "common/math.h"
+    #include RK_ROWS
+    #undef RK_LANES
 }  // namespace v4
 }  // namespace rk
-  #pragma GCC pop_options
+    #pragma GCC pop_options
+  #endif
 #endif
 
 #undef RK_ROWS

@@ -3,6 +3,7 @@
 // A file of row kernels (rows.h) is torch-free and knows no instruction set: foreach_isa.h compiles it once
 // per level, in the namespaces rk::base, rk::v3 (AVX2) and rk::v4 (AVX-512), and RK_PICK chooses at run
 // time. One binary, every machine; RLHF_KERNELS_ISA=base|v3|v4 lowers the level, so that each can be tested.
+// RK_WITHOUT_V4 leaves the last out, for a build that is meant for a processor without it.
 #pragma once
 
 #include <cmath>
@@ -30,9 +31,12 @@ enum class Isa : int { kBase = 0, kV3 = 1, kV4 = 2 };
 inline Isa detect_isa() {
 #if RK_MULTI_ISA
   __builtin_cpu_init();
-  Isa best = __builtin_cpu_supports("x86-64-v4")   ? Isa::kV4
-             : __builtin_cpu_supports("x86-64-v3") ? Isa::kV3
-                                                   : Isa::kBase;
+  #ifdef RK_WITHOUT_V4
+  const bool v4 = false;
+  #else
+  const bool v4 = __builtin_cpu_supports("x86-64-v4");
+  #endif
+  Isa best = v4 ? Isa::kV4 : __builtin_cpu_supports("x86-64-v3") ? Isa::kV3 : Isa::kBase;
   if (const char* asked = std::getenv("RLHF_KERNELS_ISA")) {
     if (std::strcmp(asked, "base") == 0) return Isa::kBase;
     if (std::strcmp(asked, "v3") == 0 && best >= Isa::kV3) return Isa::kV3;

@@ -159,9 +159,17 @@ class MaxRLOptions(PolicyOptions):
     kl_coef: float = 0.0
     """Weight of the KL divergence from the reference policy."""
     kl_in: Literal["reward", "loss"] = "loss"
-    """Where it is charged. Only k2 has the right gradient in the loss: k1 has none on average."""
+    """Where it is charged: in the loss alone. Only k2 has the right gradient there, k1 none on average."""
     average: Average = "sequence-sum"
     """What weighs the same: tokens, responses, or tokens over a constant length."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reward_kl_coef:
+            raise ValueError(
+                "maxrl reads scores from 0 up to 1 as probabilities of success, which a KL divergence in the "
+                f"reward (kl_coef {self.kl_coef:g}) makes negative: charge it with kl_in='loss'"
+            )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -76,6 +77,10 @@ class Override(NamedTuple):
 
 OPS: dict[str, Op] = {}
 _override: ContextVar[Override | None] = ContextVar("rlhf_kernels_backend", default=None)
+# Whether any `with` block is entered in any thread: compiled graphs are made for one answer or the other.
+overridden = False
+_entered = 0
+_entering = Lock()
 _warned: set[str] = set()
 
 
@@ -94,6 +99,24 @@ def strict() -> bool:
 
 
 @contextmanager
+def _overriding(override: Override) -> Iterator[None]:
+    token = _override.set(override)
+    _count(1)
+    try:
+        yield
+    finally:
+        _count(-1)
+        _override.reset(token)
+
+
+def _count(change: int) -> None:
+    global overridden, _entered
+    with _entering:
+        _entered += change
+        overridden = _entered > 0
+
+
+@contextmanager
 def backend(name: str, *, strict: bool = False) -> Iterator[None]:
     """Runs ops on one backend inside a `with` block: `backend("torch")`, `backend("gae=native")`.
 
@@ -106,21 +129,15 @@ def backend(name: str, *, strict: bool = False) -> Iterator[None]:
     """
     if not isinstance(name, str):
         raise TypeError(f"backend(): expected a name such as 'torch', got {type(name).__name__}")
-    token = _override.set((_override.get() or Override())._replace(backends=_parse(name), strict=strict))
-    try:
+    with _overriding((_override.get() or Override())._replace(backends=_parse(name), strict=strict)):
         yield
-    finally:
-        _override.reset(token)
 
 
 @contextmanager
 def trial(*trials: tuned.Trial) -> Iterator[None]:
     """Runs kernels with these values of their knobs inside a `with` block, whatever the tuned table says."""
-    token = _override.set((_override.get() or Override())._replace(trials=trials))
-    try:
+    with _overriding((_override.get() or Override())._replace(trials=trials)):
         yield
-    finally:
-        _override.reset(token)
 
 
 def interpreted() -> bool:
@@ -148,7 +165,8 @@ class Op:
     """An op's backends: modules `kernel_<backend>.py` (and `reference.py`) of its room, loaded when chosen.
 
     A kernel module has `forward` and, where autograd cannot go through it, `backward`. It may define
-    `unsupported(device, dtype, shape_class) -> str | None`, the reason why it cannot serve.
+    `unsupported(device, dtype, shape_class) -> str | None`, the reason why it cannot serve. DIFFERENTIABLE
+    says that autograd goes through its forward, TRACEABLE that compiled graphs may hold what it is made of.
 
     Args:
         name: the public function's name.

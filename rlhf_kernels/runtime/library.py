@@ -8,12 +8,14 @@ A call takes the shortest way that is right:
   otherwise                                                        an autograd.Function over the kernels
 
 The way through torch.library costs some microseconds more and is what `torch.compile`, export and fake
-tensors need; the formulas are the same objects.
+tensors need; the formulas are the same objects. `runtime/graphs.py` has what a compiled graph holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,8 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
+from rlhf_kernels.runtime import dispatch, graphs
 from rlhf_kernels.runtime.dispatch import Op
 
+_OPERATORS: dict[str, Operator] = {}
 _LIBRARY = torch.library.Library("rlhf_kernels", "FRAGMENT")
 # Dynamo's flag alone: whatever else traces does so by a mode or a tensor subclass, which a call sees.
 _compiling = torch.compiler.is_dynamo_compiling
@@ -52,6 +56,8 @@ class Operator:
         wrt: indices of the arguments that backward returns gradients of; an absent one gives an empty tensor.
         wanted: backward's arguments -> which of `wrt` are asked for, where it can leave some out (as empty).
         shape_class: arguments -> what besides device and dtype decides the backend (a head size).
+        native: the C++ operator with the arguments of `schema`; `<native>_backward` has those of
+            `backward_schema`. Compiled graphs hold them.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Operator:
         wrt: tuple[int, ...] = (0,),
         wanted: Callable[..., Sequence[bool]] | None = None,
         shape_class: Callable[..., Hashable] | None = None,
+        native: str | None = None,
     ) -> None:
         self.op = op
         self.replay = replay
@@ -79,6 +86,9 @@ class Operator:
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
         self.tensors = tuple(i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]"))
         self.function: type[torch.autograd.Function] | None = None
+        self.plain: Callable[..., Any] | None = None
+        self.natives = [(self.overload, native, fake)] if native else []
+        _OPERATORS[op.name] = self
         if gradients is None:
             return
         backward, run_backward, once = self.overload, self.call, backward_schema is not None
@@ -86,6 +96,8 @@ class Operator:
             run_backward = self._run_backward
             backward = _register(f"{op.name}_backward", backward_schema, run_backward, backward_fake)
             _refuse_second_derivative(op.name)
+            if native:
+                self.natives.append((backward, f"{native}_backward", backward_fake))
         _define_autograd(op.name, setup_context, gradients, backward)
         self.function = _eager_function(op.name, self._run, run_backward, setup_context, gradients, once)
 
@@ -109,10 +121,18 @@ class Operator:
         results = tuple(forward_args[0].new_empty(0) if grad is None else grad for grad in asked)
         return results if len(results) > 1 else results[0]
 
+    def _traced_for(self, args: tuple[Any, ...]) -> str:
+        """What a graph is traced for; "" is our operator, which chooses at each call. Dynamo traces it."""
+        if dispatch.overridden or torch.compiler.is_exporting():
+            return ""
+        shape_class = _numbers(self.shape_class(*args)) if self.shape_class else None
+        return _held(self.op.name, args[0].device.type, args[0].dtype, shape_class)
+
     def call(self, *args: Any) -> Any:
         """The op, by the shortest way that is right. A method: calling an object costs 0.2 us more."""
         if _compiling():
-            return self.overload(*args)
+            backend = self._traced_for(args)
+            return self.plain(*args) if backend == "torch" else self.overload(*args, backend=backend)
         needs_grad = False
         for i in self.tensors:
             arg = args[i]
@@ -132,19 +152,54 @@ class Operator:
         return kernel.forward(*args)
 
 
+def _numbers(shape_class: Any) -> Hashable:
+    """The same, a symbolic head size made a number: Dynamo makes one of what is hashed, and a graph each."""
+    if isinstance(shape_class, tuple):
+        return tuple(map(_numbers, shape_class))
+    return hash(shape_class) if isinstance(shape_class, int) else shape_class
+
+
+def _held(name: str, device: str, dtype: torch.dtype, shape_class: Hashable) -> str:
+    """The backend whose code takes our operator's place in graphs from now on, or "".
+
+    C++ operators, and plain PyTorch that is made to be traced. A tuned kernel stays behind our operator: it
+    looks at the shapes of each call.
+    """
+    operator = _OPERATORS[name]
+    choice = operator.op.decide(device, dtype, shape_class)
+    if getattr(choice.kernel, "TRACEABLE", False):
+        operator.plain = choice.kernel.forward
+        return choice.backend
+    if choice.backend != "native" or not operator.natives or not isinstance(choice.kernel, ModuleType):
+        return ""
+    for overload, native, fake in operator.natives:
+        graphs.hold(overload, native, fake, _LIBRARY)
+    return choice.backend
+
+
+# torch.compiler.assume_constant_result, without importing Dynamo: this is called while a graph is traced.
+_held._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Our operator; that it was traced for a backend is for `graphs` alone."""
+    schema = schema.replace(") ->", ', *, str backend="") ->', 1)
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rlhf_kernels::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, lambda *args, **traced: run(*args), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rlhf_kernels::{name}", lambda *args, **traced: fake(*args), lib=_LIBRARY)
     return getattr(torch.ops.rlhf_kernels, name).default
 
 
 def _define_autograd(name: str, setup_context: Any, gradients: Any, backward: Any) -> None:
+    def setup(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+        ctx.backward = partial(backward, **keyword_only_inputs)
+        setup_context(ctx, inputs, output)
+
     def through_library(ctx: Any, *grads: Tensor) -> Any:
-        return gradients(ctx, backward, *grads)
+        return gradients(ctx, ctx.backward, *grads)
 
     torch.library.register_autograd(
-        f"rlhf_kernels::{name}", through_library, setup_context=setup_context, lib=_LIBRARY
+        f"rlhf_kernels::{name}", through_library, setup_context=setup, lib=_LIBRARY
     )
 
 

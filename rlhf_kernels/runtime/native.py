@@ -16,6 +16,7 @@ from typing import Any
 
 import torch  # the libraries need torch's own to be loaded first
 
+NAMESPACE = "rlhf_kernels_native"
 LIBRARIES = ("_C", "_C_cuda", "_host")
 _PACKAGE = Path(__file__).parent.parent
 
@@ -60,10 +61,8 @@ def host() -> ModuleType:
     return module
 
 
-def operator(name: str) -> Any:
-    """The raw callable of a native operator; the caller has checked `missing`.
-
-    OpOverload.__call__ only forwards to `_op`, at 0.2 us a call.
+def overload(name: str) -> Any:
+    """A native operator; the caller has checked `missing`.
 
     Raises:
         OutdatedError: the library has no such operator.
@@ -72,10 +71,15 @@ def operator(name: str) -> Any:
         raise RuntimeError(f"native kernels are not available: {reason}")
     _load("_C_cuda")
     try:
-        overload = getattr(torch.ops.rlhf_kernels_native, name).default
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
     except AttributeError:
         remedy = "rebuild it: pip install --no-build-isolation -e ."
         raise OutdatedError(
             f"the compiled library has no {name}, it is older than this source: {remedy}"
         ) from None
-    return getattr(overload, "_op", overload)
+
+
+def operator(name: str) -> Any:
+    """Its raw callable: OpOverload.__call__ only forwards to `_op`, at 0.2 us a call."""
+    found = overload(name)
+    return getattr(found, "_op", found)

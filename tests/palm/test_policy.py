@@ -10,6 +10,7 @@ from palm_rlhf.algorithms.estimators import adapted_kl_coef, returns_with_kl
 from palm_rlhf.algorithms.objectives import averaged, entropy_shaped, simple_policy_loss
 from palm_rlhf.algorithms.policy import PolicyOptions, adapted, policy_objective
 from palm_rlhf.algorithms.row import Outputs, Whole
+from palm_rlhf.algorithms.table import MaxRLOptions
 from tests.golden.load import golden
 from tests.palm.test_objectives import shaped
 
@@ -165,6 +166,14 @@ def test_14_only_a_target_moves_the_weight():
     assert adapted(options, rollout).kl_coef == pytest.approx(0.1 * (1 + (1 / 9) * 3 / 30))
     with pytest.raises(ValueError, match="kl_target must be above 0"):
         PolicyOptions(kl_coef=0.0, kl_target=3.0)
+
+
+def test_maxrl_refuses_a_divergence_in_the_reward_before_it_samples():
+    """Scores are probabilities of success: below 0 the first rollout ended with an error."""
+    MaxRLOptions(kl_coef=0.1)
+    MaxRLOptions(kl_in="reward")
+    with pytest.raises(ValueError, match="kl_in='loss'"):
+        MaxRLOptions(kl_coef=0.1, kl_in="reward")
 
 
 def test_averages_by_their_own_numbers():

@@ -1,4 +1,4 @@
-"""Reward models against palm-rlhf-pytorch's recorded ones and where those are wrong; programmatic rewards."""
+"""Reward models against palm-rlhf-pytorch's recorded ones and where those are wrong."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ from palm_rlhf.algorithms.preferences import (
     pair_accuracy,
     regression_loss,
 )
-from palm_rlhf.generation import Generation, generate
+from palm_rlhf.generation import generate
 from palm_rlhf.models.checkpoint import CheckpointError, save_palm, write_tensors
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.rewards import (
     ModelReward,
-    ProgrammaticReward,
-    RewardError,
     RewardModel,
     load_reward_model,
     reward_from_upstream,
     save_reward_model,
 )
 from palm_rlhf.rewards.model import pooled
-from palm_rlhf.tokens import ByteTokenizer
 from tests.golden.load import golden
+from tests.palm.generations import generation
 
 SIZES = {"dim": 32, "num_tokens": 40, "depth": 2, "heads": 2, "dim_head": 16}
 RECORDS = golden("palm_reward")
@@ -49,25 +47,6 @@ def moved(model, scale=0.2):
 
 def tokens(rows=3, steps=9):
     return torch.randint(1, SIZES["num_tokens"], (rows, steps))
-
-
-def generation(prompts, responses, pad=0):
-    """As `generate` gives it: left-padded prompts, right-padded responses."""
-    width, longest = max(map(len, prompts)), max(map(len, responses))
-    rows = [[pad] * (width - len(p)) + p + r + [pad] * (longest - len(r)) for p, r in zip(prompts, responses)]
-    real = [
-        [False] * (width - len(p)) + [True] * (len(p) + len(r)) + [False] * (longest - len(r))
-        for p, r in zip(prompts, responses)
-    ]
-    zeros = torch.zeros(len(prompts), longest)
-    return Generation(
-        torch.tensor(rows),
-        torch.tensor(real),
-        width,
-        zeros,
-        zeros,
-        torch.ones(len(prompts), dtype=torch.bool),
-    )
 
 
 # ---- parity with palm-rlhf-pytorch
@@ -407,57 +386,3 @@ def test_losses_of_labels_by_hand():
     torch.testing.assert_close(expected_value(logits), torch.tensor([0.75, 0.2]))
     torch.testing.assert_close(expected_value(logits, torch.tensor([-1.0, 1.0])), torch.tensor([0.5, -0.6]))
     assert regression_loss(torch.tensor([1.0, 2.0]), torch.tensor([3, 2])).tolist() == [4.0, 0.0]
-
-
-# ---- programmatic
-
-
-def test_a_function_on_text_sees_prompt_and_response_without_padding_and_stop():
-    tokenizer, seen = ByteTokenizer(), []
-
-    def score(prompt, response):
-        seen.append((prompt, response))
-        return len(response)
-
-    prompts = [tokenizer.encode("12*7="), tokenizer.encode("é=")]
-    responses = [[*tokenizer.encode("84"), tokenizer.stop], tokenizer.encode("ü")]
-    found = ProgrammaticReward(score, tokenizer)(generation(prompts, responses))
-    assert seen == [("12*7=", "84"), ("é=", "ü")]
-    assert found.dtype == torch.float32
-    assert found.tolist() == [2.0, 1.0]
-
-
-def test_a_function_on_tokens_sees_them_all_but_the_stop():
-    seen = []
-    reward = ProgrammaticReward(lambda p, r: seen.append((p, r)) or True, on="tokens", stop=9)
-    assert reward(generation([[1], [2, 3]], [[4, 9], [5, 6]])).tolist() == [1.0, 1.0]
-    assert seen == [([1], [4]), ([2, 3], [5, 6])]
-
-
-@pytest.mark.parametrize(
-    "value", [math.nan, math.inf, 1e39, None, "1", [1, 2], torch.tensor([1.0, 2.0]), 10**400]
-)
-def test_what_is_no_finite_number_is_refused_with_the_response(value):
-    reward = ProgrammaticReward(lambda prompt, response: value, on="tokens")
-    with pytest.raises(RewardError, match=r"gave .*prompt \[1\] and the response \[4\].*finite"):
-        reward(generation([[1]], [[4]]))
-
-
-def test_a_function_that_raises_is_named_with_its_error_and_the_response():
-    def divides(prompt, response):
-        return 1 / 0
-
-    with pytest.raises(
-        RewardError, match=r"divides\(\) raised ZeroDivisionError: .*response \[4, 5\]"
-    ) as caught:
-        ProgrammaticReward(divides, on="tokens")(generation([[1]], [[4, 5]]))
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-    with pytest.raises(RewardError) as caught:
-        ProgrammaticReward(divides, on="tokens")(generation([[1] * 5000], [[4]]))
-    assert len(str(caught.value)) < 500
-
-
-@pytest.mark.parametrize("options", [{}, {"on": "bytes"}])
-def test_a_programmatic_reward_without_a_way_to_read_is_refused(options):
-    with pytest.raises(ValueError, match="ProgrammaticReward"):
-        ProgrammaticReward(len, **options)

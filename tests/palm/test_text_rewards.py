@@ -1,5 +1,6 @@
-"""Rewards by words, sentiment, rules, ensembles, classifiers and training; by hand and by name."""
+"""Rewards by functions, words, sentiment, rules, ensembles, classifiers and training; by hand and by name."""
 
+import math
 import os
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from palm_rlhf.rewards import (
     Length,
     Lexicon,
     Matches,
+    ProgrammaticReward,
+    RewardError,
     Sentiment,
 )
 from palm_rlhf.rewards.text import text_reward
 from palm_rlhf.tasks.sentiment import read_sst2
 from palm_rlhf.tokens import ByteTokenizer
 from rlhf_kernels.stacks import activate
-from tests.palm.test_rewards import generation
+from tests.palm.generations import generation
 
 SST2 = Path(os.environ.get("PALM_RLHF_DATA", Path(__file__).parents[2] / "../shared/data")) / "sst2"
 BYTES = ByteTokenizer()
@@ -30,6 +33,57 @@ BYTES = ByteTokenizer()
 def texts(*pairs):
     """A Generation of prompts and responses in bytes."""
     return generation(*([BYTES.encode(text) for text in side] for side in zip(*pairs)))
+
+
+def test_a_function_on_text_sees_prompt_and_response_without_padding_and_stop():
+    tokenizer, seen = ByteTokenizer(), []
+
+    def score(prompt, response):
+        seen.append((prompt, response))
+        return len(response)
+
+    prompts = [tokenizer.encode("12*7="), tokenizer.encode("é=")]
+    responses = [[*tokenizer.encode("84"), tokenizer.stop], tokenizer.encode("ü")]
+    found = ProgrammaticReward(score, tokenizer)(generation(prompts, responses))
+    assert seen == [("12*7=", "84"), ("é=", "ü")]
+    assert found.dtype == torch.float32
+    assert found.tolist() == [2.0, 1.0]
+
+
+def test_a_function_on_tokens_sees_them_all_but_the_stop():
+    seen = []
+    reward = ProgrammaticReward(lambda p, r: seen.append((p, r)) or True, on="tokens", stop=9)
+    assert reward(generation([[1], [2, 3]], [[4, 9], [5, 6]])).tolist() == [1.0, 1.0]
+    assert seen == [([1], [4]), ([2, 3], [5, 6])]
+
+
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, 1e39, None, "1", [1, 2], torch.tensor([1.0, 2.0]), 10**400]
+)
+def test_what_is_no_finite_number_is_refused_with_the_response(value):
+    reward = ProgrammaticReward(lambda prompt, response: value, on="tokens")
+    with pytest.raises(RewardError, match=r"gave .*prompt \[1\] and the response \[4\].*finite"):
+        reward(generation([[1]], [[4]]))
+
+
+def test_a_function_that_raises_is_named_with_its_error_and_the_response():
+    def divides(prompt, response):
+        return 1 / 0
+
+    with pytest.raises(
+        RewardError, match=r"divides\(\) raised ZeroDivisionError: .*response \[4, 5\]"
+    ) as caught:
+        ProgrammaticReward(divides, on="tokens")(generation([[1]], [[4, 5]]))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    with pytest.raises(RewardError) as caught:
+        ProgrammaticReward(divides, on="tokens")(generation([[1] * 5000], [[4]]))
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("options", [{}, {"on": "bytes"}])
+def test_a_programmatic_reward_without_a_way_to_read_is_refused(options):
+    with pytest.raises(ValueError, match="ProgrammaticReward"):
+        ProgrammaticReward(len, **options)
 
 
 def test_a_lexicon_takes_the_mean_of_a_texts_words(tmp_path):

@@ -71,6 +71,7 @@ _gae = Operator(
     gradients=_gradients,
     replay=_replay,
     wrt=(0, 1, 5),
+    native="gae",
 ).call
 
 

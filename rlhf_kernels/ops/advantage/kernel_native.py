@@ -6,8 +6,8 @@ from torch import Tensor
 
 from rlhf_kernels.runtime.native import operator
 
+_common = operator("gae_common")
 _gae = operator("gae")
-_general = operator("gae_general")
 backward = operator("gae_backward")
 
 
@@ -29,9 +29,11 @@ def forward(
     """
     if done is None and truncated is None and next_value is None and (carry or mask is None):
         if grain is not None:
-            return _gae(rewards, values, gamma, lam, mask, grain)
+            return _common(rewards, values, gamma, lam, mask, grain)
         return (
-            _gae(rewards, values, gamma, lam, mask) if mask is not None else _gae(rewards, values, gamma, lam)
+            _common(rewards, values, gamma, lam, mask)
+            if mask is not None
+            else _common(rewards, values, gamma, lam)
         )
     given = (rewards, values, mask, done, truncated, next_value, gamma, lam, carry)
-    return _general(*given) if grain is None else _general(*given, grain)
+    return _gae(*given) if grain is None else _gae(*given, grain)

@@ -59,6 +59,7 @@ _linear_recurrence = Operator(
     lambda a, b, initial, reverse: b.new_empty(b.shape),
     setup_context=_setup,
     gradients=_gradients,
+    native="linear_recurrence",
 ).call
 
 

@@ -58,6 +58,7 @@ _token_advantages = Operator(
     gradients=_gradients,
     replay=lambda grad, grad_returns, *inputs: (inputs, (grad, grad_returns)),
     wrt=(0, 1, 2),
+    native="token_advantages",
 ).call
 
 

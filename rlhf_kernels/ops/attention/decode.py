@@ -38,6 +38,7 @@ _decode = Operator(
     setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(output),
     gradients=lambda ctx, run, grad: (None,) * 6,
     shape_class=lambda q, *_: q.shape[-1],
+    native="decode_attention",
 ).call
 
 

@@ -21,6 +21,7 @@ from rlhf_kernels.ops.rotary.kernel_torch import rotary as plain_rotary
 from rlhf_kernels.runtime.library import recomputed
 
 DIFFERENTIABLE = True
+TRACEABLE = True  # compiled: through an opaque operator the backward would run the forward again
 
 # Not cuDNN: with a mask its gradients hold NaN (pytorch#196678).
 _MASK_SAFE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

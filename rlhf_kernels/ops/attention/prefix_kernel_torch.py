@@ -12,6 +12,7 @@ from rlhf_kernels.ops.attention.layout import heads_inside
 from rlhf_kernels.runtime.library import recomputed
 
 DIFFERENTIABLE = True
+TRACEABLE = True  # compiled: through an opaque operator the backward would run the forward again
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ _logprob = Operator(
         (logits, target, temperature),
         (grad_logprob, grad_entropy),
     ),
+    native="logprob",
 ).call
 
 

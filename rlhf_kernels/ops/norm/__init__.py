@@ -82,6 +82,7 @@ def _operator(name: str) -> Callable[..., Any]:
         gradients=_gradients,
         replay=_replay,
         wrt=(0, 1, 2),
+        native="norm",
     ).call
 
 

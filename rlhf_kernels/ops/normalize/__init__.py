@@ -52,6 +52,7 @@ _normalize = Operator(
     setup_context=_setup,
     gradients=_gradients,
     replay=lambda grad, *inputs: (inputs, (grad,)),
+    native="masked_normalize",
 ).call
 
 

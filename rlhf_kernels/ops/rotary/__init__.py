@@ -40,6 +40,7 @@ _rotary = Operator(
     _fake,
     setup_context=_setup,
     gradients=_gradients,
+    native="rotary",
 ).call
 
 

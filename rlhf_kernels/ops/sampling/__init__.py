@@ -27,6 +27,7 @@ _sample = Operator(
     _fake,
     setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(*output),
     gradients=lambda ctx, run, *grads: (None,) * 5,
+    native="sample",
 ).call
 
 

@@ -42,6 +42,7 @@ _swiglu = Operator(
     gradients=_gradients,
     replay=lambda grad, x, gate, gate_first: ((x, gate, gate_first), (grad,)),
     wrt=(0, 1),
+    native="swiglu",
 ).call
 
 
