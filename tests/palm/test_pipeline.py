@@ -74,8 +74,8 @@ def sampled(palm, prompts, samples=3, **options):
     return sample_rows(chosen, sampler, BYTES, options, samples=samples, seed=1, stop=4)
 
 
-def test_a_killed_sample_goes_on_and_the_file_is_the_same(model, tmp_path, monkeypatch, capsys):
-    assert sample(model, tmp_path / "whole.jsonl") == 0
+def interrupted(monkeypatch):
+    """Ctrl-C at the third batch that is sampled; the sizes of them all."""
     drawn, batches = ModelSampler.__call__, []
 
     def dies(self, *arguments):
@@ -85,6 +85,13 @@ def test_a_killed_sample_goes_on_and_the_file_is_the_same(model, tmp_path, monke
         return drawn(self, *arguments)
 
     monkeypatch.setattr(ModelSampler, "__call__", dies)
+    return batches
+
+
+def test_a_killed_sample_goes_on_and_the_file_is_the_same(model, tmp_path, monkeypatch, capsys):
+    assert sample(model, tmp_path / "whole.jsonl") == 0
+    drawn = ModelSampler.__call__
+    interrupted(monkeypatch)
     cut = tmp_path / "cut.jsonl"
     assert sample(model, cut) == 130
     assert f"stopped after 8 of 10 prompts, which are in {cut}.part" in capsys.readouterr().err
@@ -115,15 +122,7 @@ def test_a_killed_sample_goes_on_and_the_file_is_the_same(model, tmp_path, monke
 def test_the_chain_in_parquet_is_the_chain_in_json_lines(model, tmp_path, monkeypatch):
     """Killed, and killed once more before the working file is gone; what is read back are the same rows."""
     pytest.importorskip("pyarrow", reason="pyarrow, the extra 'parquet', is not installed")
-    drawn, batches = ModelSampler.__call__, []
-
-    def dies(self, *arguments):
-        batches.append(len(arguments[0]))
-        if len(batches) == 3:
-            raise KeyboardInterrupt
-        return drawn(self, *arguments)
-
-    monkeypatch.setattr(ModelSampler, "__call__", dies)
+    batches = interrupted(monkeypatch)
     prompts = tmp_path / "prompts.parquet"
     rows = [
         {"messages": [{"role": "user", "content": text}], "more": i or None} for i, text in enumerate(PROMPTS)
