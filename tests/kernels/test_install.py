@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_kernels._build_flags import level_flags
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -74,3 +76,23 @@ def test_the_pytest_plugin_and_the_page_are_installed(bare_install):
     place, value, page = _run(bare_install, code).splitlines()
     assert str(bare_install) in place
     assert (value, page) == ("pytest_rlhf_kernels", "True")
+
+
+@pytest.mark.parametrize(
+    ("flags", "left_out"),
+    [
+        ("fpu avx2 avx512f", ["-DRK_WITHOUT_V4"]),
+        ("fpu avx2 avx512f avx512bw avx512cd avx512dq avx512vl", []),
+        (None, []),
+    ],
+    ids=["AVX2", "AVX-512", "unknown"],
+)
+def test_a_build_for_this_machine_leaves_out_what_it_cannot_run(monkeypatch, flags, left_out):
+    def read(path):
+        if flags is None:
+            raise FileNotFoundError(path)
+        return f"processor\t: 0\nflags\t\t: {flags}\n"
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert level_flags(here=True) == left_out
+    assert level_flags(here=False) == []
