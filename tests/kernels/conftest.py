@@ -42,8 +42,8 @@ else:
 @pytest.fixture
 def slowness():
     """How many times as long a call of ATen's layer_norm takes here as where limits in microseconds were set
-    (4.2 us), at least 1: what those are multiplied by. A tenth more where that is above 1: not all that a call
-    does grows alike."""
+    (4.2 us), at least 1: what those are multiplied by. A tenth more above 1: not all that a call does grows
+    alike."""
     x, weight = torch.randn(2, 8), torch.ones(8)
     calls = partial(torch.ops.aten.native_layer_norm.default, x, [8], weight, weight, 1e-5)
     found = min(timeit.repeat(calls, number=200, repeat=300)) / 200 / 4.2e-6
