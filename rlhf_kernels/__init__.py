@@ -4,6 +4,7 @@ Importing this needs torch alone. `explain("gae")` says which backend runs an op
 """
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rlhf_kernels.ops.advantage import (
@@ -24,6 +25,7 @@ from rlhf_kernels.ops.swiglu import swiglu
 from rlhf_kernels.runtime.dispatch import BackendError, FallbackWarning, backend, explain
 
 if TYPE_CHECKING:
+    from rlhf_kernels.engine.warm import warm_up
     from rlhf_kernels.stacks.patching import Patched, PatchError, patch
 
 __version__ = "0.1.0.dev0"
@@ -58,16 +60,23 @@ __all__ = [
     "swiglu",
     "token_advantages",
     "vtrace",
+    "warm_up",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """What patches foreign stacks is imported when it is first asked for."""
-    if name not in ("PatchError", "Patched", "patch"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rlhf_kernels.stacks import patching
+_LATER = {
+    "PatchError": "stacks.patching",
+    "Patched": "stacks.patching",
+    "patch": "stacks.patching",
+    "warm_up": "engine.warm",
+}
 
-    return getattr(patching, name)
+
+def __getattr__(name: str) -> Any:
+    """What patches foreign stacks, and what calls every op, is imported when it is first asked for."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
 
 
 if os.environ.get("RLHF_KERNELS_PATCH"):

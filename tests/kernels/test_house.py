@@ -25,6 +25,29 @@ def _python(code, **environment):
     return done.returncode, done.stdout.strip(), done.stderr.strip()
 
 
+def test_after_a_warm_up_a_first_call_loads_nothing():
+    code = (
+        "import sys, torch, rlhf_kernels as rk\n"
+        "x = torch.randn(2, 8, requires_grad=True)\n"
+        "print(*rk.warm_up('swiglu', 'gae'), sep='; ')\n"
+        "before = set(sys.modules)\n"
+        "rk.swiglu(x).sum().backward()\n"
+        "print(sorted(set(sys.modules) - before))"
+    )
+    status, out, error = _python(code)
+    assert status == 0, error
+    chosen, loaded = out.splitlines()
+    assert chosen == f"{rlhf_kernels.explain('swiglu')}; {rlhf_kernels.explain('gae')}"
+    assert loaded == "[]"
+    for given in ({"tier": "huge"}, {"ops": ("swigloo",)}):
+        with pytest.raises(ValueError, match="expected one of"):
+            rlhf_kernels.warm_up(*given.pop("ops", ()), **given)
+
+
+def test_every_op_is_warmed_up():
+    assert {choice.op for choice in rlhf_kernels.warm_up()} == set(dispatch.OPS)
+
+
 def test_explain_names_backend_and_reason():
     choice = rlhf_kernels.explain("swiglu")
     assert choice.backend in ("native", "torch")
