@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from rlhf_kernels.engine import select
-from rlhf_kernels.engine.spec import OpSpec, as_outputs, load_specs
+from rlhf_kernels.engine.bench import BOTH, FORWARD, call_of
+from rlhf_kernels.engine.check import Judge
+from rlhf_kernels.engine.implementations import Implementation
+from rlhf_kernels.engine.spec import OpSpec, load_specs
 from rlhf_kernels.runtime.dispatch import Choice, explain
 
 
@@ -46,10 +49,7 @@ def warm_up(
 def _called(spec: OpSpec, device: torch.device, dtype: torch.dtype, tier: str) -> bool:
     cases = [case for case in spec.cases if case.tier == tier and dtype in case.dtypes]
     for case in cases:
-        generator = torch.Generator(device).manual_seed(0)
-        inputs = spec.make(case, dtype, generator, device)
-        outputs = [o for o in as_outputs(spec.function(**inputs.args)) if o.requires_grad]
-        wrt = [inputs.args[name] for name in inputs.wrt]
-        if outputs and wrt:
-            torch.autograd.grad(outputs, wrt, [torch.ones_like(o) for o in outputs], allow_unused=True)
+        judge = Judge(spec, case, dtype, device)
+        direction = BOTH if judge.differentiable else FORWARD
+        call_of(Implementation("", spec.function), judge, direction)()
     return bool(cases)

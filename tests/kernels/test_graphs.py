@@ -138,3 +138,4 @@ def test_exported_program_keeps_our_operators(strict):
 
     program = torch.export.export(Gate(), (torch.randn(4, 16),), strict=strict)
     assert _of(program.graph_module) == ["rlhf_kernels.swiglu"]
+    assert _of(program.run_decompositions().graph_module) == ["rlhf_kernels.swiglu"]
