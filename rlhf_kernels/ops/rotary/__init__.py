@@ -14,6 +14,7 @@ from rlhf_kernels.runtime.library import Operator
 
 __all__ = ["RotaryTable", "RotaryTables", "rotary", "rotary_tables"]
 
+_FLOAT32 = torch.float32  # a look-up less in each call
 _OP = Op("rotary", __name__, {"cpu": ("native", "torch"), "cuda": ("triton", "torch")})
 
 
@@ -63,7 +64,8 @@ def rotary(x: Tensor, tables: RotaryTable, *, interleaved: bool = False) -> Tens
         TypeError: x is no floating-point tensor, or tables are no pair of float32 tensors.
         ValueError: shapes or devices do not fit.
     """
-    check_table("rotary", "x", x, tables)
+    if not _fits(x, tables):
+        _refuse("rotary", "x", x, tables)
     cos, sin = tables
     return _rotary(x, cos, sin, interleaved, False)
 
@@ -76,23 +78,26 @@ def _fits(x: Any, tables: Any) -> bool:
     if not type(x) is type(cos) is type(sin) is Tensor:
         return False
     shape, table = x.shape, cos.shape
-    alike = len(table) == 2 <= len(shape) or (len(table) == 3 <= len(shape) and table[0] == shape[0])
+    rank = len(table)
     return (
-        alike
+        (rank == 2 <= len(shape) or (rank == 3 <= len(shape) and table[0] == shape[0]))
         and table[-2] == shape[-2]
         and 2 * table[-1] == shape[-1]
         and table == sin.shape
-        and cos.dtype is torch.float32
-        and sin.dtype is torch.float32
+        and cos.dtype is _FLOAT32 is sin.dtype
         and x.dtype in FLOATING
         and ((x.is_cpu and cos.is_cpu and sin.is_cpu) or x.device == cos.device == sin.device)
     )
 
 
 def check_table(op: str, name: str, x: Any, tables: Any) -> None:
-    """TypeError or ValueError that says why `tables` cannot turn x, which `op` knows as `name`."""
-    if _fits(x, tables):
-        return
+    """TypeError or ValueError where `tables` cannot turn x, which `op` knows as `name`."""
+    if not _fits(x, tables):
+        _refuse(op, name, x, tables)
+
+
+def _refuse(op: str, name: str, x: Any, tables: Any) -> None:
+    """TypeError or ValueError that says what does not fit, or nothing: subclasses of Tensor come here."""
     floating(op, name, x)
     shape = x.shape
     if len(shape) < 2 or shape[-1] % 2:
