@@ -46,7 +46,9 @@ sources=$({
   echo "$RLHF_KERNELS_LEVELS" && grep -m1 -o avx512vl /proc/cpuinfo || true
 } | cksum | cut -d' ' -f1)
 build() {
-  PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
+  # A compiler that fails ends it, with what it printed; none at all leaves a build without native kernels.
+  RLHF_KERNELS_REQUIRE_EXT=1 PATH="$PWD/$venv/bin:$PATH" \
+    "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e .
   echo "$sources" >"$venv/.built"
 }
 

@@ -5,17 +5,46 @@
 
 #include "common/isa.h"
 
+#if defined(__linux__)
+  #include <sys/syscall.h>
+  #include <unistd.h>
+#endif
+
 namespace rk {
 
-// Whether to multiply pairs of bfloat16 (AVX512_BF16, which is not part of x86-64-v4). Whoever names a level
-// in RLHF_KERNELS_ISA gets that level and no more.
-inline bool multiplies_pairs() {
+// How bfloat16 is multiplied: as floats; in pairs (AVX512_BF16); by tiles of 16 rows of pairs (AMX). Neither
+// of the last two is part of x86-64-v4.
+enum class Products { kFloats, kPairs, kTiles };
+
 #if RK_MULTI_ISA
-  static const bool found =
-      isa() == Isa::kV4 && __builtin_cpu_supports("avx512bf16") && std::getenv("RLHF_KERNELS_ISA") == nullptr;
+// Linux hands tiles out on request, to the whole process.
+inline bool has_tiles() {
+  #if defined(__linux__)
+  constexpr int64_t request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, request, tile_data) == 0;
+  #else
+  return false;
+  #endif
+}
+
+inline Products detect_products() {
+  // Whoever names a level in RLHF_KERNELS_ISA gets that level and no more.
+  const char* asked = std::getenv("RLHF_KERNELS_ISA");
+  const bool pairs = asked && std::strcmp(asked, "v4+bf16") == 0;
+  if (isa() != Isa::kV4 || (asked && !pairs) || !__builtin_cpu_supports("avx512bf16"))
+    return Products::kFloats;
+  if (pairs) return Products::kPairs;
+  // Intel multiplies pairs at a quarter of the rate of floats.
+  return has_tiles() ? Products::kTiles : __builtin_cpu_is("intel") ? Products::kFloats : Products::kPairs;
+}
+#endif
+
+inline Products products() {
+#if RK_MULTI_ISA
+  static const Products found = detect_products();
   return found;
 #else
-  return false;
+  return Products::kFloats;
 #endif
 }
 

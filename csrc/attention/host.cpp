@@ -32,15 +32,22 @@ FloatArray decode_attention(const FloatArray& q, const FloatArray& k, const Floa
                                    std::min(kDecodeSplit, keys - first),
                                    size,
                                    scale};
-    RK_PICK(decode_split<float, false>)
+    RK_PICK(decode_split<float, Products::kFloats>)
     (split, scratch.data(), states.data() + i * heads * state, splits == 1 ? out.mutable_data() : nullptr);
   }
   for (int64_t h = 0; h < heads && splits > 1; ++h) RK_PICK(decode_combine<float>)
-  (states.data() + h * state, splits, heads * state, size, out.mutable_data() + h * size);
+  (states.data() + h * state, splits, heads * state, size, scale, out.mutable_data() + h * size);
   return out;
 }
 
 const Binding binding([](py::module_& m) {
+  m.def(
+      "bfloat16_products",
+      [] {
+        const Products found = products();
+        return found == Products::kTiles ? "tiles" : found == Products::kPairs ? "pairs" : "floats";
+      },
+      "How decode_attention multiplies bfloat16: as floats, in pairs (AVX512_BF16), by tiles (AMX).");
   m.def("decode_attention", &decode_attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("scale"),
         "softmax(scale q k^T) v for q [H, D], k and v [keys, D], float32.");
 });

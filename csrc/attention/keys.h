@@ -56,11 +56,12 @@ constexpr int64_t place(int64_t d) {
 }
 
 // How keys meet queries: 32-bit words of a key, each a float, or a pair of bfloat16 where the processor
-// multiplies them (`paired`).
-template <class T, bool paired>
+// multiplies them.
+template <class T, Products products>
 struct Words {
-  static constexpr bool direct = paired || std::is_same_v<T, float>;  // words as they lie in memory
-  using Word = std::conditional_t<paired, uint32_t, float>;
+  static constexpr bool pairs = products != Products::kFloats;
+  static constexpr bool direct = pairs || std::is_same_v<T, float>;  // words as they lie in memory
+  using Word = std::conditional_t<pairs, uint32_t, float>;
 };
 
 RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats& y, std::false_type) {
@@ -70,8 +71,6 @@ RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats& y, std::fals
 RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats& y, std::true_type) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
 }
-#else  // never chosen: see multiplies_pairs()
-RK_INLINE void multiply(Floats&, const Floats&, const Floats&, std::true_type) {}
 #endif
 
 // `unit` words, repeated to fill a vector.
@@ -126,13 +125,13 @@ RK_INLINE void sum_neighbours(Floats* v) {
 }
 
 // A block of n keys as words, zeros for what is missing.
-template <class T, bool paired>
+template <class T, Products products, int n>
 RK_OUTLINE void fetch(const T* k, int64_t stride, int rows, int64_t size, int64_t words, float* block) {
-  if (rows < kLanes || size % kChunk) __builtin_memset(block, 0, kLanes * words * sizeof(float));
+  if (rows < n || size % kChunk) __builtin_memset(block, 0, n * words * sizeof(float));
   for (int i = 0; i < rows; ++i) {
     const T* from = k + i * stride;
     float* to = block + i * words;
-    if constexpr (Words<T, paired>::direct) {
+    if constexpr (Words<T, products>::direct) {
       __builtin_memcpy(to, from, size * sizeof(T));
     } else {
       Floats first, second;
@@ -147,17 +146,17 @@ RK_OUTLINE void fetch(const T* k, int64_t stride, int rows, int64_t size, int64_
   }
 }
 
-// scores[s][heads] of a tile, in blocks of n keys; keys that the last block lacks get -inf.
-template <class T, int heads, bool paired>
+// scores[s][heads] of a tile, not scaled, in blocks of n keys; keys that the last block lacks get -inf.
+template <class T, int heads, Products products>
 RK_INLINE void score(const T* k, int64_t stride, int count, int64_t size, const float* q, int64_t words,
-                     float scale, float* block, float* scores) {
+                     float* block, float* scores) {
   constexpr int unit = kLanes / heads, kUnits = heads < 4 ? heads : 4;
   for (int first = 0; first < count; first += kLanes) {
     const int rows = count - first < kLanes ? count - first : kLanes;
     const char* base = reinterpret_cast<const char*>(k + first * stride);
     int64_t step = stride * sizeof(T);
-    if (!Words<T, paired>::direct || rows < kLanes || size % kChunk) {
-      fetch<T, paired>(k + first * stride, stride, rows, size, words, block);
+    if (!Words<T, products>::direct || rows < kLanes || size % kChunk) {
+      fetch<T, products, kLanes>(k + first * stride, stride, rows, size, words, block);
       base = reinterpret_cast<const char*>(block);
       step = words * sizeof(float);
     }
@@ -173,7 +172,7 @@ RK_INLINE void score(const T* k, int64_t stride, int count, int64_t size, const 
 #pragma GCC unroll 4
         for (int j = 0; j < kUnits; ++j)
           multiply(acc[i], repeated<unit>(row + j * unit * sizeof(float)), query[j],
-                   std::bool_constant<paired>());
+                   std::bool_constant<Words<T, products>::pairs>());
         __builtin_prefetch(row + ahead);
         row += step;
         asm("" : "+r"(row));  // else GCC keeps a pointer for every row, in vector registers
@@ -184,7 +183,7 @@ RK_INLINE void score(const T* k, int64_t stride, int count, int64_t size, const 
       sum_neighbours<unit>(acc + i * unit);
       const Bits key = lane_numbers() / heads + i * unit;
       const Floats none = Floats{} - std::numeric_limits<float>::infinity();
-      store_lanes<float>(scores + first * heads + i * kLanes, key < rows ? acc[i * unit] * scale : none);
+      store_lanes<float>(scores + first * heads + i * kLanes, key < rows ? acc[i * unit] : none);
     }
   }
 }

@@ -1,6 +1,7 @@
 // decode_attention on the CPU: schema, memory-safety checks, splits of the keys in parallel.
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "attention/decode.h"
@@ -10,6 +11,15 @@
 
 namespace rk {
 namespace {
+
+// Floats that begin with a line of the cache, by which tiles are loaded.
+constexpr std::align_val_t kLine{64};
+struct Free {
+  void operator()(float* floats) const { ::operator delete[](floats, kLine); }
+};
+std::unique_ptr<float[], Free> aligned_floats(int64_t n) {
+  return std::unique_ptr<float[], Free>(static_cast<float*>(::operator new[](n * sizeof(float), kLine)));
+}
 
 // [B] whole numbers, or one for all where the tensor is absent.
 struct Whole {
@@ -80,9 +90,10 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
     if constexpr (std::is_same_v<T, double>) {
       STD_TORCH_CHECK(false, "decode_attention: float64 is not supported");
     } else {
-      auto split = RK_PICK(decode_split<T, false>);
+      auto split = RK_PICK(decode_split<T, Products::kFloats>);
       if constexpr (std::is_same_v<T, bf16>) {
-        if (multiplies_pairs()) split = RK_PICK(decode_split<T, true>);
+        if (products() == Products::kPairs) split = RK_PICK(decode_split<T, Products::kPairs>);
+        if (products() == Products::kTiles) split = RK_PICK(decode_split<T, Products::kTiles>);
       }
       const auto combine = RK_PICK(decode_combine<T>);
       const int64_t scratch = (*RK_PICK(decode_scratch))(each, size), state = (*RK_PICK(decode_state))(size);
@@ -93,7 +104,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
       int64_t keys = 0;
       for (const Row& row : rows) keys += row.keys;
       parallel_rows(tasks, keys * heads * size / tasks, grain, [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<float[]> own(new float[scratch]);
+        const auto own = aligned_floats(scratch);
         const auto after = [](int64_t task, const Row& row) { return task < row.first_task; };
         auto row = std::upper_bound(rows.begin(), rows.end(), begin, after) - 1;
         for (int64_t task = begin; task < end; ++task) {
@@ -125,7 +136,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& k_cache, const Tensor
           if (row.splits == 1) continue;
           const int64_t first = row.first_task + head % heads / each * row.splits;
           combine(states.get() + (first * each + head % each) * state, row.splits, each * state, size,
-                  to + head * size);
+                  float(scale), to + head * size);
         }
       });
     }

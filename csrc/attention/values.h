@@ -1,25 +1,49 @@
 // What values give: scores become weights, and these a sum of the values, whose elements are the lanes.
 // Included by rows.h after keys.h.
 
-RK_INLINE Floats exp_lanes(const Floats& x) {
-  alignas(sizeof(x)) float lanes[kLanes];
-  __builtin_memcpy(lanes, &x, sizeof(x));
+// 2^x for what is at most 0: 0 from -126.5 down, NaN stays NaN.
+inline float weight_of(float octaves) {
+  return exp2_within(octaves < -127.0f ? -127.0f : octaves);
+}
+RK_INLINE Floats weights_of(const Floats& octaves) {
+  alignas(sizeof(octaves)) float lanes[kLanes];
+  __builtin_memcpy(lanes, &octaves, sizeof(octaves));
 #pragma omp simd
-  for (int i = 0; i < kLanes; ++i) lanes[i] = exp_fast(lanes[i]);
+  for (int i = 0; i < kLanes; ++i) lanes[i] = weight_of(lanes[i]);
   return load_lanes(lanes);
 }
 
-// Scores become weights; `shrink` is what everything before has to be multiplied by.
-template <int heads>
-RK_INLINE void soften(float* scores, int vectors, float* top, float* total, float* shrink) {
+// Scores become weights in place; their sum by lanes. A score's distance from the highest times `octaves` is
+// a power of two.
+RK_INLINE Floats weights_as_floats(float* scores, int vectors, const Floats& highest, float octaves) {
+  Floats sum = {};
+  for (int i = 0; i < vectors; ++i) {
+    const Floats weight = weights_of((load_lanes(scores + i * kLanes) - highest) * octaves);
+    store_lanes<float>(scores + i * kLanes, weight);
+    sum += weight;
+  }
+  return sum;
+}
+
+// Scores become weights, as weights_as_floats() makes them; `shrink` is what everything before has to be
+// multiplied by.
+template <int heads, class Weights>
+RK_INLINE void soften(float* scores, int vectors, float octaves, float* top, float* total, float* shrink,
+                      const Weights& as_weights) {
   constexpr int unit = kLanes / heads;
   alignas(64) float lanes[kLanes];
-  Floats highest = load_lanes(scores);
-  for (int i = 1; i < vectors; ++i) {
-    const Floats x = load_lanes(scores + i * kLanes);
-    highest = highest > x ? highest : x;
+  constexpr int kChains = 4;  // as many comparisons wait for one another no longer
+  Floats found[kChains];
+  for (Floats& highest : found) highest = load_lanes(scores);
+  for (int i = 1; i < vectors; i += kChains) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j) {
+      const Floats x = load_lanes(scores + (i + j < vectors ? i + j : 0) * kLanes);
+      found[j] = found[j] > x ? found[j] : x;
+    }
   }
-  store_lanes<float>(lanes, highest);
+  for (int j = 1; j < kChains; ++j) found[0] = found[0] > found[j] ? found[0] : found[j];
+  store_lanes<float>(lanes, found[0]);
   float higher[heads];
   for (int h = 0; h < heads; ++h) {
     higher[h] = top[h];
@@ -27,17 +51,12 @@ RK_INLINE void soften(float* scores, int vectors, float* top, float* total, floa
       higher[h] = higher[h] > lanes[i * heads + h] ? higher[h] : lanes[i * heads + h];
   }
   for (int i = 0; i < kLanes; ++i) lanes[i] = higher[i % heads];
-  highest = load_lanes(lanes);
-  Floats sum = {};
-  for (int i = 0; i < vectors; ++i) {
-    const Floats weight = exp_lanes(load_lanes(scores + i * kLanes) - highest);
-    store_lanes<float>(scores + i * kLanes, weight);
-    sum += weight;
-  }
+  const Floats highest = load_lanes(lanes);
+  const Floats sum = as_weights(scores, vectors, highest, octaves);
   store_lanes<float>(lanes, sum);
 #pragma omp simd
   for (int h = 0; h < heads; ++h) {
-    shrink[h] = exp_fast(top[h] - higher[h]);
+    shrink[h] = weight_of((top[h] - higher[h]) * octaves);
     top[h] = higher[h];
     total[h] *= shrink[h];
   }
@@ -87,52 +106,7 @@ RK_INLINE void weigh(const T* v, int64_t stride, int count, int64_t cols, const 
   store_sums<heads>(sum, acc, width);
 }
 
-// The same for two keys at a time, whose weights are a pair of bfloat16 in one word.
-template <int heads>
-RK_INLINE void weigh_pairs(const bf16* v, int64_t stride, int count, int64_t cols, const float* weights,
-                           const float* shrink, float* acc, int64_t width) {
-  Floats sum[heads][2];
-  load_sums<heads>(sum, acc, width, shrink);
-  const bool whole = cols == kChunk;
-  bf16 padded[2][kChunk];
-  for (int s = 0; s < count; s += 2) {
-    const bf16 *from = v + s * stride, *next = from + stride;
-    if (!whole || s + 1 == count) {
-      __builtin_memset(padded, 0, sizeof(padded));
-      __builtin_memcpy(padded[0], from, cols * sizeof(bf16));
-      if (s + 1 < count) __builtin_memcpy(padded[1], next, cols * sizeof(bf16));
-      from = padded[0];
-      next = padded[1];
-    }
-    __builtin_prefetch(v + (s + 16) * stride);
-    __builtin_prefetch(v + (s + 17) * stride);
-    Words32 first, second;
-    __builtin_memcpy(&first, from, sizeof(first));
-    __builtin_memcpy(&second, next, sizeof(second));
-    const Floats evens = __builtin_bit_cast(Floats, (first & 0xffffu) | (second << 16));
-    const Floats odds = __builtin_bit_cast(Floats, (first >> 16) | (second & 0xffff0000u));
-#pragma GCC unroll 8
-    for (int h = 0; h < heads; ++h) {
-      const Floats weight = repeated<1>(weights + s / 2 * heads + h);
-      multiply(sum[h][0], evens, weight, std::true_type());
-      multiply(sum[h][1], odds, weight, std::true_type());
-    }
-  }
-  store_sums<heads>(sum, acc, width);
-}
-
-// weights[s][heads] rounded, and those of two keys in one word.
-template <int heads>
-RK_INLINE void pair_weights(float* weights, int count) {
-  uint32_t pair[heads];
-  for (int s = 0; s < count; s += 2) {
-#pragma omp simd
-    for (int h = 0; h < heads; ++h) {  // as store<bf16> rounds, but in 32 bits
-      const uint32_t low = float_to_bits(weights[s * heads + h]);
-      const uint32_t high = float_to_bits(weights[(s + 1) * heads + h]);
-      pair[h] = ((low + 0x7fffu + ((low >> 16) & 1u)) >> 16) |
-                ((high + 0x7fffu + ((high >> 16) & 1u)) & 0xffff0000u);
-    }
-    __builtin_memcpy(weights + s / 2 * heads, pair, sizeof(pair));
-  }
-}
+#if RK_LANES == 16 && RK_MULTI_ISA
+  #include "attention/pairs.h"
+  #include "attention/tiles.h"
+#endif

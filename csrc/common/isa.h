@@ -2,7 +2,8 @@
 //
 // A file of row kernels (rows.h) is torch-free and knows no instruction set: foreach_isa.h compiles it once
 // per level, in the namespaces rk::base, rk::v3 (AVX2) and rk::v4 (AVX-512), and RK_PICK chooses at run
-// time. One binary, every machine; RLHF_KERNELS_ISA=base|v3|v4 lowers the level, so that each can be tested.
+// time. One binary, every machine; RLHF_KERNELS_ISA=base|v3|v4|v4+bf16 lowers the level, so that each can be
+// tested (the last: see attention/decode.h).
 // RK_WITHOUT_V4 leaves the last out, for a build that is meant for a processor without it.
 #pragma once
 

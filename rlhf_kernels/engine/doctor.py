@@ -27,6 +27,7 @@ from rlhf_kernels.runtime.files import cache_directory
 from rlhf_kernels.stacks import STACKS, peers
 
 # Packages, and what to do where one is not installed.
+_PRODUCTS = {"floats": "as floats", "pairs": "in pairs (AVX512_BF16)", "tiles": "by tiles (AMX)"}
 _PACKAGES = {
     "rlhf-kernels": "runs from its sources",
     "torch": "pip install torch",
@@ -62,6 +63,8 @@ def _finding(topic: str, name: str, found: str | None, otherwise: str) -> Findin
 def _machine() -> Iterator[Finding]:
     found = fingerprint()
     processor = f"{found['processor']}, {found['cores']} cores, instruction set {found['isa'] or 'unknown'}"
+    if not native.missing("_host") and hasattr(native.host(), "bfloat16_products"):
+        processor += f"; decoding multiplies bfloat16 {_PRODUCTS[native.host().bfloat16_products()]}"
     yield Finding("machine", "processor", "ok", processor)
     yield _finding("machine", "GPU", _gpus(), _no_gpu())
     yield Finding("machine", "python", "ok", f"{platform.python_version()} ({sys.executable})")
