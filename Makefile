@@ -20,7 +20,7 @@ demo: setup ## doctor, check, and a short bench
 .PHONY: test
 test: setup ## lint and all tests
 	@ruff check --quiet . && ruff format --quiet --check .
-	@if [ -d .venv/triton-newest ]; then PYTHONPATH=.venv/triton-newest $(PY) -m pytest -q -n 2 tests/kernels/test_specs.py -k "interpreter and float32"; fi
+	@if [ -d .venv/triton-newest ]; then PYTHONPATH=.venv/triton-newest $(PY) -m pytest -q -n 2 tests/kernels/test_specs.py -k "interpreter and float16"; fi
 	@$(PY) -m pytest -q -n 2
 
 .PHONY: bench

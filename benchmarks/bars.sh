@@ -18,7 +18,7 @@ bench rotary --case palm_8x8x512x64
 bench layer_norm --case plain_2048x512,residual_2048x512,wide_2048x4096,residual_2048x4096
 bench rms_norm --case plain_2048x512,residual_2048x512,wide_2048x4096,residual_2048x4096
 bench token_advantages --case ppo_verl_256x1024 --impl native,verl
-dtype=bfloat16 bench decode_attention --case palm_1x4096,palm_128_1x4096
+dtype=bfloat16 bench decode_attention --case palm_1x4096,palm_128_1x4096,palm_1x32768
 bench logprob --case gpt2_1024x50257 --impl native,TRL
 python benchmarks/linear_products.py
 python benchmarks/call_cost.py

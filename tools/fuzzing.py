@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 # Of the module itself, not row kernels.
-NOT_KERNELS = {"isa", "compiler", "counted"}
+NOT_KERNELS = {"isa", "bfloat16_products", "compiler", "counted"}
 _BIG = float(np.finfo(np.float32).max)
 
 

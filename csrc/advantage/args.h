@@ -45,6 +45,16 @@ struct Recurrence {
   int64_t rows, steps;
 };
 
+// V-trace; mask, done and next_value ([B]) may be null.
+template <class T>
+struct VTrace {
+  Plane<const T> log_ratio, rewards, values, next_value;
+  Plane<const uint8_t> mask, done;
+  Plane<T> targets, advantages;
+  int64_t rows, steps;
+  double gamma, lam, rho_clip, c_clip;
+};
+
 // Scores and KL terms in the place of rewards; a mask is always there. `advantages` may be kept in more
 // digits than the inputs; `returns` may be null.
 template <class T, class Out = T>

@@ -122,10 +122,47 @@ def linear_recurrence(draw: Draw) -> Trial:
     return Trial((a, b, initial, reverse), (y,), slack)
 
 
+def vtrace(draw: Draw) -> Trial:
+    """rho, c and the recurrence of the targets, one step after the other; state passes over masked steps."""
+    shape = draw.choice((draw.size(70), draw.size(60)), (draw.size(20), draw.size(1100)), (3, 1024))
+    log_ratio, rewards, values = (draw.floats(shape, odd=False, spread=0.1) for _ in range(3))
+    log_ratio = draw.laid_out(np.tanh(log_ratio).astype(np.float32))
+    mask = draw.choice(None, draw.mask(shape))
+    gamma, lam = draw.choice(1.0, 0.99, 0.5), draw.choice(1.0, 0.95, 0.0)
+    c_clip = draw.choice(1.0, 0.7)
+    rho_clip = draw.choice(c_clip, 1.5)
+    real = np.ones(shape, bool) if mask is None else np.asarray(mask)
+    if mask is not None:
+        odd = np.float32(draw.choice(np.nan, np.inf, -np.inf))
+        log_ratio, rewards, values = (
+            draw.laid_out(np.where(real, x, odd)) for x in (log_ratio, rewards, values)
+        )
+
+    ratio, r, v = (np.where(real, x, 0).astype(np.float64) for x in (log_ratio, rewards, values))
+    ratio = np.exp(ratio)
+    targets, advantages = np.zeros(shape), np.zeros(shape)
+    x, follows, size, largest = (np.zeros(shape[0]) for _ in range(4))
+    for t in reversed(range(shape[1])):
+        rho, trace = np.minimum(ratio[:, t], rho_clip), gamma * lam * np.minimum(ratio[:, t], c_clip)
+        error = r[:, t] + gamma * follows - v[:, t]
+        step = rho * error + trace * x
+        advantages[:, t] = np.where(real[:, t], rho * (error + gamma * x), 0)
+        targets[:, t] = np.where(real[:, t], v[:, t] + step, 0)
+        terms = rho * (np.abs(r[:, t]) + np.abs(follows) + np.abs(v[:, t])) + trace * size
+        size = np.where(real[:, t], terms, size)
+        largest = np.maximum(largest, size + np.abs(v[:, t]))
+        x = np.where(real[:, t], step, x)
+        follows = np.where(real[:, t], v[:, t], follows)
+    slack = 1e-6 * max(largest.max(initial=0.0), 1.0) * (2 + np.sqrt(shape[1])) * max(rho_clip, 1.0)
+    arguments = (log_ratio, rewards, values, mask, gamma, lam, rho_clip, c_clip)
+    return Trial(arguments, (targets, advantages), slack)
+
+
 TRIALS = {
     "gae": gae,
     "gae_backward": gae_backward,
     "token_advantages": token_advantages,
     "token_advantages_backward": token_advantages_backward,
     "linear_recurrence": linear_recurrence,
+    "vtrace": vtrace,
 }

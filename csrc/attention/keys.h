@@ -8,7 +8,6 @@ constexpr int kChunk = 2 * kLanes;  // elements of a head that are taken at a ti
 
 using Floats = vec_t<float>;
 using Bits = mask_t<float>;
-typedef uint32_t Words32 __attribute__((vector_size(kLanes * 4)));
 
 RK_INLINE Floats as_floats(const Bits& x) {
   return __builtin_bit_cast(Floats, x);
@@ -33,15 +32,6 @@ RK_INLINE void load_chunk(const T* from, Floats& first, Floats& second) {
     __builtin_memcpy(&pairs, from, sizeof(pairs));
     first = as_floats(pairs << 16);
     second = as_floats(pairs & int32_t(0xffff0000));
-#if RK_LANES >= 8 && RK_MULTI_ISA
-  } else if constexpr (std::is_same_v<T, fp16>) {  // an instruction that GCC has no vector conversion for
-    struct Half {
-      fp16 lanes[kLanes];
-    };
-    const Half* half = reinterpret_cast<const Half*>(from);
-    asm("vcvtph2ps %1, %0" : "=v"(first) : "m"(half[0]));
-    asm("vcvtph2ps %1, %0" : "=v"(second) : "m"(half[1]));
-#endif
   } else {
     first = load_lanes(from);
     second = load_lanes(from + kLanes);

@@ -13,12 +13,27 @@ using vec_t = typename Lanes<A>::Vec;
 template <class A>
 using mask_t = typename Lanes<A>::Mask;
 
+// As many 16-bit words as a vector has floats.
+typedef uint16_t Words16 __attribute__((vector_size(kLanes * 2)));
+typedef uint32_t Words32 __attribute__((vector_size(kLanes * 4)));
+
 // n consecutive elements, at any alignment.
 template <class T>
 RK_INLINE vec_t<acc_t<T>> load_lanes(const T* from) {
   vec_t<acc_t<T>> to;
   if constexpr (std::is_same_v<T, acc_t<T>>) {
     __builtin_memcpy(&to, from, sizeof(to));
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    Words16 bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    to = (vec_t<float>)(__builtin_convertvector(bits, Words32) << 16);
+#if RK_LANES >= 8 && RK_MULTI_ISA
+  } else if constexpr (std::is_same_v<T, fp16>) {  // an instruction that GCC has no vector conversion for
+    struct Half {
+      fp16 lanes[kLanes];
+    };
+    asm("vcvtph2ps %1, %0" : "=v"(to) : "m"(*reinterpret_cast<const Half*>(from)));
+#endif
   } else {
     alignas(sizeof(to)) acc_t<T> wide[Lanes<acc_t<T>>::n];
 #pragma omp simd
@@ -32,6 +47,19 @@ template <class T>
 RK_INLINE void store_lanes(T* to, const vec_t<acc_t<T>>& from) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
     __builtin_memcpy(to, &from, sizeof(from));
+  } else if constexpr (std::is_same_v<T, bf16>) {  // as store<bf16>
+    const Words32 bits = (Words32)from;
+    const Words32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const Words32 kept = from != from ? bits | 0x400000u : rounded;
+    const Words16 words = __builtin_convertvector(kept >> 16, Words16);
+    __builtin_memcpy(to, &words, sizeof(words));
+#if RK_LANES >= 8 && RK_MULTI_ISA
+  } else if constexpr (std::is_same_v<T, fp16>) {
+    struct Half {
+      fp16 lanes[kLanes];
+    };
+    asm("vcvtps2ph $0, %1, %0" : "=m"(*reinterpret_cast<Half*>(to)) : "v"(from));  // to nearest even
+#endif
   } else {
     alignas(sizeof(from)) acc_t<T> wide[Lanes<acc_t<T>>::n];
     __builtin_memcpy(wide, &from, sizeof(from));

@@ -2,26 +2,61 @@
 // foreach_isa.h.
 
 #include "common/exponents.h"
+#include "common/lanes.h"
 
 // sum exp(t), sum t exp(t) and the largest t.
 struct SoftmaxSums {
   double total = 0, moment = 0, largest = -std::numeric_limits<double>::infinity();
 };
 
+// The processor's own prefetching ends with a page.
+template <class T>
+RK_INLINE void fetch_ahead(const T* x) {
+  constexpr int64_t bytes = 4096;
+  __builtin_prefetch(reinterpret_cast<const char*>(x) + bytes);
+}
+
+template <class A>
+RK_INLINE vec_t<A> exp_of(const vec_t<A>& t) {
+  alignas(sizeof(t)) A lanes[Lanes<A>::n];
+  __builtin_memcpy(lanes, &t, sizeof(t));
+#pragma omp simd
+  for (int i = 0; i < Lanes<A>::n; ++i) lanes[i] = Exponents<A>::exp(lanes[i]);
+  return load_lanes(lanes);
+}
+
 template <class T, class A = acc_t<T>>
 RK_INLINE SoftmaxSums sums_of(const T* x, int64_t n, A start, A factor) {
-  const A lowest = lowest_exponent<A>();
-  A total = 0, moment = 0, largest = -std::numeric_limits<A>::infinity();
-#pragma omp simd reduction(+ : total, moment) reduction(max : largest)
-  for (int64_t i = 0; i < n; ++i) {
-    A t = (load(x[i]) - start) * factor;
+  constexpr int lanes = Lanes<A>::n;
+  using Vec = vec_t<A>;
+  const Vec lowest = Vec{} + lowest_exponent<A>();
+  Vec total = {}, moment = {}, largest = Vec{} - std::numeric_limits<A>::infinity();
+  const auto add = [&](const Vec& logits) __attribute__((always_inline)) {
+    Vec t = (logits - start) * factor;
     largest = largest < t ? t : largest;
     t = t < lowest ? lowest : t;
-    const A p = Exponents<A>::exp(t);
+    const Vec p = exp_of<A>(t);
     total += p;
     moment += t * p;
+  };
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    fetch_ahead(x + i);
+    add(load_lanes(x + i));
   }
-  return {total, moment, largest};
+  if (i < n) {
+    A rest[lanes];
+    for (int j = 0; j < lanes; ++j)
+      rest[j] = i + j < n ? load(x[i + j]) : -std::numeric_limits<A>::infinity();
+    add(load_lanes(rest));
+  }
+  SoftmaxSums sums;
+  for (int j = 0; j < lanes; ++j) {
+    sums.total += total[j];
+    sums.moment += moment[j];
+    sums.largest = sums.largest < largest[j] ? largest[j] : sums.largest;
+  }
+  return sums;
 }
 
 // The sums over a row in one pass, in double over its blocks. Exponents start at the largest of the first
@@ -89,10 +124,11 @@ template <class A>
 struct LogitGradient {
   A start, factor, log_total, constant, slope, lowest;
 
-  RK_INLINE A operator()(A x) const {
-    A t = (x - start) * factor - log_total;
-    t = t < lowest ? lowest : t;
-    return Exponents<A>::exp(t) * (constant + slope * t);
+  RK_INLINE vec_t<A> operator()(const vec_t<A>& x) const {
+    const vec_t<A> least = vec_t<A>{} + lowest;
+    vec_t<A> t = (x - start) * factor - log_total;
+    t = t < least ? least : t;
+    return exp_of<A>(t) * (constant + slope * t);
   }
 };
 
@@ -117,9 +153,14 @@ void logprob_backward_rows(const LogprobBackward<T>& g, int64_t begin, int64_t e
                               lowest_exponent<A>()};
     const int64_t target = g.target[r];
     // Before the row is written: `out` may be `x`, and a 16-bit sum would round twice.
-    const A chosen = of(load(x[target])) + A(by_logprob * scale);
-#pragma omp simd
-    for (int64_t i = 0; i < g.vocabulary; ++i) out[i] = store<T>(of(load(x[i])));
+    const A chosen = of(vec_t<A>{} + load(x[target]))[0] + A(by_logprob * scale);
+    constexpr int lanes = Lanes<A>::n;
+    int64_t i = 0;
+    for (; i + lanes <= g.vocabulary; i += lanes) {
+      fetch_ahead(x + i);
+      store_lanes<T>(out + i, of(load_lanes(x + i)));
+    }
+    for (; i < g.vocabulary; ++i) out[i] = store<T>(of(vec_t<A>{} + load(x[i]))[0]);
     out[target] = store<T>(chosen);
   }
 }

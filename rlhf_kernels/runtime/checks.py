@@ -25,6 +25,15 @@ def floating(op: str, name: str, x: Any) -> None:
         )
 
 
+def matrix(op: str, name: str, x: Any) -> None:
+    """TypeError or ValueError unless x is a floating-point tensor [batch, time]."""
+    floating(op, name, x)
+    if x.dim() != 2:
+        raise ValueError(
+            f"{op}(): {name} must be [batch, time], got {tuple(x.shape)}. One row is {name}[None]."
+        )
+
+
 def same(op: str, name: str, x: Tensor, other_name: str, other: Any) -> None:
     """TypeError or ValueError unless `other` is a tensor of x's shape, dtype and device."""
     if not isinstance(other, Tensor):

@@ -56,8 +56,8 @@ class Operator:
         wrt: indices of the arguments that backward returns gradients of; an absent one gives an empty tensor.
         wanted: backward's arguments -> which of `wrt` are asked for, where it can leave some out (as empty).
         shape_class: arguments -> what besides device and dtype decides the backend (a head size).
-        native: the C++ operator with the arguments of `schema`; `<native>_backward` has those of
-            `backward_schema`. Compiled graphs hold them.
+        native: the C++ operator with the arguments of `schema`. Compiled graphs hold it.
+        native_backward: whether there is `<native>_backward`, with those of `backward_schema`.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Operator:
         wanted: Callable[..., Sequence[bool]] | None = None,
         shape_class: Callable[..., Hashable] | None = None,
         native: str | None = None,
+        native_backward: bool = True,
     ) -> None:
         self.op = op
         self.replay = replay
@@ -96,7 +97,7 @@ class Operator:
             run_backward = self._run_backward
             backward = _register(f"{op.name}_backward", backward_schema, run_backward, backward_fake)
             _refuse_second_derivative(op.name)
-            if native:
+            if native and native_backward:
                 self.natives.append((backward, f"{native}_backward", backward_fake))
         _define_autograd(op.name, setup_context, gradients, backward)
         self.function = _eager_function(op.name, self._run, run_backward, setup_context, gradients, once)

@@ -24,6 +24,44 @@ def test_a_row_does_not_depend_on_its_batch(backend, reverse):
             assert part.equal(whole[rows])
 
 
+@BACKENDS
+@pytest.mark.parametrize("steps", [1, 17, 70, 1041])
+def test_vtrace_of_a_row_with_flags_anywhere(backend, steps):
+    """Episodes that end at, before and after masked steps, in every block, alone and in a batch."""
+    log_ratio, rewards, values, done, last = trajectory(19, steps)
+    mask = torch.rand(19, steps) < 0.6
+    given = [x.masked_fill(~mask, float("nan")) for x in (log_ratio, rewards, values)]
+    flags = {"mask": mask, "done": done | (torch.rand(19, steps) < 0.2), "next_value": last}
+    numbers = {"gamma": 0.97, "lam": 0.9, "rho_clip": 1.3, "c_clip": 1.1}
+    with rk.backend(f"vtrace={backend}", strict=True):
+        whole = rk.vtrace(*given, **flags, **numbers)
+        for row in (slice(3, 4), slice(17, 19)):
+            part = {name: x[row] for name, x in flags.items()}
+            alone = rk.vtrace(*(x[row] for x in given), **part, **numbers)
+            assert all(x.equal(y[row]) for x, y in zip(alone, whole))
+    with rk.backend("vtrace=reference"):
+        wide = {"mask": mask, "done": flags["done"], "next_value": last.double()}
+        expected = rk.vtrace(*(x.double() for x in given), **wide, **numbers)
+    for found, want in zip(whole, expected):
+        torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_vtrace_in_a_graph_with_gradients():
+    """The forward is the C++ operator there; the backward goes through linear_recurrence."""
+    log_ratio, rewards, values, done, last = trajectory(3, 20)
+    wrt = [x.requires_grad_() for x in (log_ratio, rewards, values, last)]
+
+    def loss(log_ratio, rewards, values, last):
+        targets, advantages = rk.vtrace(log_ratio, rewards, values, done=done, next_value=last, gamma=0.9)
+        return (targets * targets).sum() + advantages.sin().sum()
+
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*wrt), wrt)
+    with rk.backend("vtrace=reference"):
+        expected = torch.autograd.grad(loss(*wrt), wrt)
+    for got, want in zip(found, expected):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("reverse", [True, False])
 @pytest.mark.parametrize("steps", [1, 33])
 def test_gradients_of_an_expanded_output(reverse, steps):

@@ -45,10 +45,13 @@ def test_right_on_a_cpu(spec, case, dtype):
         assert set(found) == {"ok"}, found
 
 
-@pytest.mark.parametrize(
-    ("spec", "case", "dtype"),
-    [p for p in _grid(("triton",)) if p.values[2] in (torch.float32, torch.float16)],
-)
+def _interpreted():
+    """All cases in float32. What float16 adds is the same in all of them: every third has it."""
+    sixteen = [p for p in _grid(("triton",)) if p.values[2] is torch.float16]
+    return [p for p in _grid(("triton",)) if p.values[2] is torch.float32] + sixteen[::3]
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), _interpreted())
 def test_interpreter_triton_is_right(spec, case, dtype):
     found = _assert_correct(Judge(spec, case, dtype, torch.device("cpu")), "triton")
     assert set(found) == {"ok"}, found

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf_kernels.ops.advantage.off_policy import vtrace
 from rlhf_kernels.ops.advantage.recurrence import linear_recurrence
-from rlhf_kernels.ops.advantage.returns import discounted_return, lambda_return, vtrace
+from rlhf_kernels.ops.advantage.returns import discounted_return, lambda_return
 from rlhf_kernels.ops.advantage.token import token_advantages
-from rlhf_kernels.runtime.checks import boolean, floating, number, on, same, shaped
+from rlhf_kernels.runtime.checks import boolean, floating, matrix, number, on, same, shaped
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
@@ -118,11 +119,7 @@ def gae(
             gamma or lam is no Python number.
         ValueError: a shape or device does not fit, or mask_mode is unknown.
     """
-    floating("gae", "rewards", rewards)
-    if rewards.dim() != 2:
-        raise ValueError(
-            f"gae(): rewards must be [batch, time], got {tuple(rewards.shape)}. One row is rewards[None]."
-        )
+    matrix("gae", "rewards", rewards)
     same("gae", "rewards", rewards, "values", values)
     if mask is not None:
         boolean("gae", "mask", mask, rewards.shape, rewards, "the shape of rewards")

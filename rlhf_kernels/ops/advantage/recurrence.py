@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.runtime.checks import floating, on, same, shaped
+from rlhf_kernels.runtime.checks import floating, matrix, on, same, shaped
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
@@ -80,9 +80,7 @@ def linear_recurrence(a: Tensor, b: Tensor, *, reverse: bool = True, initial: Te
         ValueError: a shape or device does not fit.
     """
     op = "linear_recurrence"
-    floating(op, "b", b)
-    if b.dim() != 2:
-        raise ValueError(f"{op}(): b must be [batch, time], got {tuple(b.shape)}. One row is b[None].")
+    matrix(op, "b", b)
     same(op, "b", b, "a", a)
     if initial is not None:
         per_row(op, "b", b, "initial", initial)

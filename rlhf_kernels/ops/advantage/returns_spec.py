@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
+from types import ModuleType
 
 import torch
 
 from rlhf_kernels.engine.spec import (
+    TARGETS,
     Case,
     Cost,
     Direction,
+    HostKernel,
     Inputs,
+    KernelBuild,
+    Knob,
     OpSpec,
     itemsize,
     randn,
     row_mask,
 )
-from rlhf_kernels.ops.advantage import kernel_torch, recurrence_kernel_torch, returns, returns_reference
+from rlhf_kernels.ops.advantage import (
+    kernel_torch,
+    off_policy,
+    returns,
+    returns_reference,
+    vtrace_kernel_torch,
+    vtrace_reference,
+)
 
 # float16 goes the same way as bfloat16.
 DTYPES = (torch.float32, torch.bfloat16)
@@ -67,20 +80,18 @@ def _cost(reads: int, writes: int, case: Case, dtype: torch.dtype, direction: Di
 
 
 def _spec(
-    name: str, operator: str, summary: str, inputs: tuple[str, ...], torch_form: Callable, **more: object
+    name: str, room: ModuleType, reference: ModuleType, summary: str, inputs: tuple[str, ...], **more: object
 ) -> OpSpec:
     return OpSpec(
         name=name,
         family="advantage",
         summary=summary,
-        function=getattr(returns, name),
-        reference=getattr(returns_reference, name),
-        torch_form=torch_form,
+        function=getattr(room, name),
+        reference=getattr(reference, name),
         make=partial(_make, inputs),
         cost=partial(_cost, len(inputs), len(more.get("outputs", (name,)))),
         cases=CASES,
         floor=8.0,
-        operator=operator,
         **more,
     )
 
@@ -97,37 +108,69 @@ def _of_lambda(
     return returns.of_lambda(kernel_torch.gae, rewards, values, mask, **options)
 
 
-def _vtrace(
-    log_ratio: torch.Tensor,
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    gamma: float,
-    rho_clip: float,
-    **given: object,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    flags = (given.get(name) for name in ("mask", "done", "next_value"))
-    numbers = (gamma, given.get("lam", 1.0), rho_clip, given.get("c_clip", 1.0))
-    return returns.corrected(
-        recurrence_kernel_torch.linear_recurrence, log_ratio, rewards, values, *flags, *numbers
-    )
+def _vtrace_kernels() -> Iterator[KernelBuild]:
+    """Everything given, in one tile, for every target in two dtypes."""
+    from rlhf_kernels.ops.advantage import vtrace_kernel_triton as k
+    from rlhf_kernels.ops.advantage.kernel_triton import NUM_WARPS, tile
+
+    rows, block = tile(2048)
+    inputs = ("log_ratio", "rewards", "values", "mask", "done", "last")
+    integers = dict.fromkeys((*(f"{name}_stride" for name in inputs), "n_rows", "n_steps"), "i32")
+    numbers = dict.fromkeys(("gamma", "decay", "rho_clip", "c_clip"), "fp32")
+    for dtype, target in product(("fp32", "bf16"), TARGETS):
+        pointers = {f"{name}_ptr": f"*{dtype}" for name in (*inputs, "targets", "advantages")}
+        pointers |= {"mask_ptr": "*u8", "done_ptr": "*u8"}
+        yield KernelBuild(
+            f"everything/{dtype}",
+            k.vtrace_kernel,
+            pointers | integers | numbers,
+            {"ROWS": rows, "BLOCK": block},
+            target,
+            num_warps=NUM_WARPS,
+            aligned=(*pointers, *integers),
+        )
+
+
+def _host_vtrace(host, masked: bool):  # noqa: ANN001
+    import numpy
+
+    x = numpy.linspace(-1, 1, 32 * 512, dtype=numpy.float32).reshape(32, 512)
+    mask = numpy.arange(512) % 7 > 0 if masked else None
+    return lambda: host.vtrace(x, x, x, None if mask is None else numpy.broadcast_to(mask, x.shape))
 
 
 SPECS = (
-    _spec("discounted_return", "gae", "the sum of discounted rewards that follow", ("rewards",), _discounted),
+    _spec(
+        "discounted_return",
+        returns,
+        returns_reference,
+        "the sum of discounted rewards that follow",
+        ("rewards",),
+        torch_form=_discounted,
+        operator="gae",
+    ),
     _spec(
         "lambda_return",
-        "gae",
+        returns,
+        returns_reference,
         "returns that mix rewards and values by lambda",
         ("rewards", "values"),
-        _of_lambda,
+        torch_form=_of_lambda,
+        operator="gae",
     ),
     _spec(
         "vtrace",
-        "linear_recurrence",
+        off_policy,
+        vtrace_reference,
         "targets and advantages of another policy's steps, ratios clipped",
         ("log_ratio", "rewards", "values"),
-        _vtrace,
+        torch_form=vtrace_kernel_torch.vtrace,
         outputs=("targets", "advantages"),
+        kernels=_vtrace_kernels,
+        host_kernels=(
+            HostKernel("vtrace", lambda host: _host_vtrace(host, False)),
+            HostKernel("vtrace_masked", lambda host: _host_vtrace(host, True)),
+        ),
+        knobs=(Knob("grain", "native", (32768, 8192, 131072), ("forward",)),),
     ),
 )

@@ -41,6 +41,7 @@ CASES = (
     _case("small", "2x4/1x64x32", "smoke", rows="ragged"),
     _case("palm_1x4096", "1x8/1x4096x64", dtypes=TYPICAL),
     _case("palm_128_1x4096", "1x8/1x4096x128", dtypes=TYPICAL),
+    _case("palm_1x32768", "1x8/1x32768x64", "large", dtypes=TYPICAL),
     _case("palm_16x144", "16x8/1x144x64", dtypes=TYPICAL),
     _case("palm_16x256", "16x8/1x256x64", dtypes=TYPICAL),
     _case("palm_left_16x256", "16x8/1x256x64", rows="left", layout="slice", dtypes=TYPICAL),
