@@ -9,11 +9,19 @@ struct SoftmaxSums {
   double total = 0, moment = 0, largest = -std::numeric_limits<double>::infinity();
 };
 
-// The processor's own prefetching ends with a page.
-template <class T>
-RK_INLINE void fetch_ahead(const T* x) {
-  constexpr int64_t bytes = 4096;
-  __builtin_prefetch(reinterpret_cast<const char*>(x) + bytes);
+// f(i) for vectors at i, from 0 as long as whole lines of the cache lie within n elements; where these end.
+// Lines are fetched ahead, as the processor's own prefetching ends with a page.
+template <class T, class F>
+RK_INLINE int64_t each_vector(const T* x, int64_t n, const F& f) {
+  constexpr int line = 64 / sizeof(T), lanes = Lanes<acc_t<T>>::n;
+  constexpr int64_t ahead = 4096;  // bytes
+  int64_t i = 0;
+  for (; i + line <= n; i += line) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x + i) + ahead);
+#pragma GCC unroll 8
+    for (int j = 0; j < line; j += lanes) f(i + j);
+  }
+  return i;
 }
 
 template <class A>
@@ -39,15 +47,11 @@ RK_INLINE SoftmaxSums sums_of(const T* x, int64_t n, A start, A factor) {
     total += p;
     moment += t * p;
   };
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    fetch_ahead(x + i);
-    add(load_lanes(x + i));
-  }
-  if (i < n) {
+  int64_t i = each_vector(x, n, [&](int64_t at) __attribute__((always_inline)) { add(load_lanes(x + at)); });
+  for (; i < n; i += lanes) {
     A rest[lanes];
     for (int j = 0; j < lanes; ++j)
-      rest[j] = i + j < n ? load(x[i + j]) : -std::numeric_limits<A>::infinity();
+      rest[j] = i + j < n ? A(load(x[i + j])) : -std::numeric_limits<A>::infinity();
     add(load_lanes(rest));
   }
   SoftmaxSums sums;
@@ -154,12 +158,9 @@ void logprob_backward_rows(const LogprobBackward<T>& g, int64_t begin, int64_t e
     const int64_t target = g.target[r];
     // Before the row is written: `out` may be `x`, and a 16-bit sum would round twice.
     const A chosen = of(vec_t<A>{} + load(x[target]))[0] + A(by_logprob * scale);
-    constexpr int lanes = Lanes<A>::n;
-    int64_t i = 0;
-    for (; i + lanes <= g.vocabulary; i += lanes) {
-      fetch_ahead(x + i);
-      store_lanes<T>(out + i, of(load_lanes(x + i)));
-    }
+    int64_t i = each_vector(x, g.vocabulary, [&](int64_t at) __attribute__((always_inline)) {
+      store_lanes<T>(out + at, of(load_lanes(x + at)));
+    });
     for (; i < g.vocabulary; ++i) out[i] = store<T>(of(vec_t<A>{} + load(x[i]))[0]);
     out[target] = store<T>(chosen);
   }

@@ -122,9 +122,9 @@ def test_supervised_learning_and_reward_models(family, tmp_path):
     assert trainer.evaluate()["loss"] < loss
     moved = changed(before, reward)
     assert {n for n in moved if ".lora_" in n} == {n for n in before if ".reward." in n}
-    assert {n for n in moved if ".lora_" not in n} == {
-        "to_pred.weight", "to_pred.bias", "prompt_embed", "response_embed",
-    }  # fmt: skip
+    # A bias cancels within a pair: whether it moves is a matter of rounding.
+    heads = {n for n in moved if ".lora_" not in n} - {"to_pred.bias"}
+    assert heads == {"to_pred.weight", "prompt_embed", "response_embed"}
     # The score of a text is the same after padding, and after a file.
     reward.eval()
     alone = torch.cat([reward(TOKENS[i : i + 1, MASK[i]]) for i in range(3)])
