@@ -4,7 +4,7 @@ A call takes the shortest way that is right:
   compiled, or under a tensor subclass, a dispatch mode or a torch.func transform
                                                                    torch.ops.rlhf_kernels.<name>
   no input needs a gradient                                        the kernel itself
-  the kernel is plain PyTorch                                      the kernel, autograd goes through it
+  the kernel is plain PyTorch, or has a form that is               that, autograd goes through it
   otherwise                                                        an autograd.Function over the kernels
 
 The way through torch.library costs some microseconds more and is what `torch.compile`, export and fake
@@ -40,7 +40,8 @@ class Operator:
 
     The kernels' `forward(*args)` and `backward(*backward_args)` and the torch.library schemas take the same
     positional arguments. The first argument is a tensor and decides device and dtype. A kernel may give None
-    for an output that only its backward would read: torch.library, which wants a tensor, gets zeros.
+    for an output that only its backward would read: torch.library, which wants a tensor, gets zeros. A kernel
+    without a backward of its own may have a `differentiable` form for calls that need a gradient.
 
     Args:
         op: the room's backends.
@@ -88,6 +89,7 @@ class Operator:
         self.tensors = tuple(i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]"))
         self.function: type[torch.autograd.Function] | None = None
         self.plain: Callable[..., Any] | None = None
+        self.differentiable: Callable[..., Any] | None = None
         self.natives = [(self.overload, native, fake)] if native else []
         _OPERATORS[op.name] = self
         if gradients is None:
@@ -133,7 +135,11 @@ class Operator:
         """The op, by the shortest way that is right. A method: calling an object costs 0.2 us more."""
         if _compiling():
             backend = self._traced_for(args)
-            return self.plain(*args) if backend == "torch" else self.overload(*args, backend=backend)
+            if backend == "torch":
+                return self.plain(*args)
+            if backend and self.differentiable and _grad_enabled() and self._needs_grad(args):
+                return self.differentiable(*args)
+            return self.overload(*args, backend=backend)
         needs_grad = False
         for i in self.tensors:
             arg = args[i]
@@ -149,8 +155,11 @@ class Operator:
         shape_class = self.shape_class(*args) if self.shape_class else None
         kernel = self.op.choose(args[0], shape_class)
         if needs_grad and self.function and _grad_enabled() and not getattr(kernel, "DIFFERENTIABLE", False):
-            return self.function.apply(*args)
+            return getattr(kernel, "differentiable", self.function.apply)(*args)
         return kernel.forward(*args)
+
+    def _needs_grad(self, args: tuple[Any, ...]) -> bool:
+        return any(args[i] is not None and args[i].requires_grad for i in self.tensors)
 
 
 def _numbers(shape_class: Any) -> Hashable:
@@ -173,6 +182,7 @@ def _held(name: str, device: str, dtype: torch.dtype, shape_class: Hashable) -> 
         return choice.backend
     if choice.backend != "native" or not operator.natives or not isinstance(choice.kernel, ModuleType):
         return ""
+    operator.differentiable = getattr(choice.kernel, "differentiable", None)
     for overload, native, fake in operator.natives:
         graphs.hold(overload, native, fake, _LIBRARY)
     return choice.backend

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_kernels.ops.advantage import recurrence, recurrence_kernel_torch
 from rlhf_kernels.runtime.library import recomputed
 
-DIFFERENTIABLE = True
+DIFFERENTIABLE = True  # forward
 
 Recurrence = Callable[..., Tensor]
 
@@ -62,14 +62,14 @@ def corrected(
 
 
 forward = partial(corrected, recurrence_kernel_torch.linear_recurrence)
+# For kernels that have a forward alone: on the kernels of linear_recurrence, through which autograd goes.
+differentiable = partial(corrected, recurrence.linear_recurrence)
 
 
 def backward(grad_targets: Tensor, grad_advantages: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of log_ratio, rewards, values and next_value (empty where it is None) for kernels that have a
-    forward alone: through this composition, on the kernels of linear_recurrence."""
-    found: Sequence[Any] = recomputed(
-        partial(corrected, recurrence.linear_recurrence), args, (grad_targets, grad_advantages)
-    )
+    """Gradients of log_ratio, rewards, values and next_value (empty where it is None), where the forward has
+    run as an opaque operator."""
+    found: Sequence[Any] = recomputed(differentiable, args, (grad_targets, grad_advantages))
     return tuple(args[0].new_empty(0) if found[i] is None else found[i].contiguous() for i in (0, 1, 2, 5))
 
 

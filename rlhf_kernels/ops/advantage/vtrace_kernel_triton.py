@@ -16,11 +16,11 @@ from rlhf_kernels.ops.advantage.kernel_triton import (
     tile,
     unsupported,
 )
-from rlhf_kernels.ops.advantage.vtrace_kernel_torch import backward
+from rlhf_kernels.ops.advantage.vtrace_kernel_torch import backward, differentiable
 from rlhf_kernels.runtime.launch import cdiv, launch
 from rlhf_kernels.runtime.triton_lib import to_float32
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "differentiable", "forward", "unsupported"]
 
 
 @triton.jit
