@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What `make demo` shows: which backends run here, every kernel against its definition, short timings against what
-# you would use instead, and a model that learns arithmetic by SFT and PPO. Under 5 minutes on 2 cores.
+# you would use instead, and a model that learns arithmetic by SFT and PPO. 3 to 7 minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -10,6 +10,13 @@
   #include <unistd.h>
 #endif
 
+// Assemblers that know tiles come with GCC 11.
+#if RK_MULTI_ISA && __GNUC__ >= 11 && defined(__linux__)
+  #define RK_TILES 1
+#else
+  #define RK_TILES 0
+#endif
+
 namespace rk {
 
 // How bfloat16 is multiplied: as floats; in pairs (AVX512_BF16); by tiles of 16 rows of pairs (AMX). Neither
@@ -19,7 +26,7 @@ enum class Products { kFloats, kPairs, kTiles };
 #if RK_MULTI_ISA
 // Linux hands tiles out on request, to the whole process.
 inline bool has_tiles() {
-  #if defined(__linux__)
+  #if RK_TILES
   constexpr int64_t request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, request, tile_data) == 0;
   #else

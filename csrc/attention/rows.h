@@ -39,7 +39,7 @@ inline int64_t decode_state(int64_t size) {
 
 // Below four heads a tile does not pay.
 constexpr bool in_tiles(Products products, int heads) {
-  return products == Products::kTiles && heads >= 4;
+  return RK_TILES && products == Products::kTiles && heads >= 4;
 }
 
 // Heads from h on, in the order in which score() reads them: [words / unit][heads][unit].
@@ -98,7 +98,7 @@ RK_OUTLINE void attend(const DecodeSplit<T>& in, const Scratch& own, int64_t h, 
       weighs(in.v + first * in.v_stride + c, in.size - c < most ? in.size - c : most,
              own.acc + h * own.width + c);
   };
-#if RK_LANES == 16 && RK_MULTI_ISA
+#if RK_LANES == 16 && RK_TILES
   if constexpr (in_tiles(products, heads)) {
     const int steps = (count + kStep - 1) / kStep;
     if (shaped != heads) shape_tiles<heads>();
@@ -171,7 +171,7 @@ RK_INLINE void split_by(const DecodeSplit<T>& in, float* scratch, float* states,
       attend<T, some, products>(in, own, h, first, int(count), octaves, shaped);
     });
   }
-#if RK_LANES == 16 && RK_MULTI_ISA
+#if RK_LANES == 16 && RK_TILES
   if (products == Products::kTiles) release_tiles();
 #endif
   for (int64_t h = 0; h < in.heads; ++h) {

@@ -108,5 +108,7 @@ RK_INLINE void weigh(const T* v, int64_t stride, int count, int64_t cols, const 
 
 #if RK_LANES == 16 && RK_MULTI_ISA
   #include "attention/pairs.h"
-  #include "attention/tiles.h"
+  #if RK_TILES
+    #include "attention/tiles.h"
+  #endif
 #endif

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import rlhf_kernels
+from rlhf_kernels.engine.spec import load_specs
 from rlhf_kernels.ops.loss_head import kernel_torch
 from rlhf_kernels.runtime import dispatch, native
 
@@ -46,13 +47,14 @@ def test_after_a_warm_up_a_first_call_loads_nothing():
 
 
 def test_a_warm_up_calls_every_op_forward_and_backward(monkeypatch):
-    for op in dispatch.OPS.values():
+    ours = {spec.op.name: spec.op for spec in load_specs().values()}
+    for op in ours.values():
         monkeypatch.setattr(op, "_chosen", {})
     backward, calls = kernel_torch.backward, []
     monkeypatch.setattr(kernel_torch, "backward", lambda *args: calls.append(args) or backward(*args))
     with rlhf_kernels.backend("logprob=torch"):
-        assert {choice.op for choice in rlhf_kernels.warm_up()} == set(dispatch.OPS)
-    assert all(op._chosen for op in dispatch.OPS.values())
+        assert {choice.op for choice in rlhf_kernels.warm_up()} == set(ours)
+    assert all(op._chosen for op in ours.values())
     assert calls
 
 

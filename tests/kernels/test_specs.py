@@ -46,9 +46,12 @@ def test_right_on_a_cpu(spec, case, dtype):
 
 
 def _interpreted():
-    """All cases in float32. What float16 adds is the same in all of them: every third has it."""
-    sixteen = [p for p in _grid(("triton",)) if p.values[2] is torch.float16]
-    return [p for p in _grid(("triton",)) if p.values[2] is torch.float32] + sixteen[::3]
+    """All cases in float32. What float16 adds is the same in all of an op's: every third has it."""
+    grid = _grid(("triton",))
+    kept = [p for p in grid if p.values[2] is torch.float32]
+    for spec in SPECS.values():
+        kept += [p for p in grid if p.values[0] is spec and p.values[2] is torch.float16][::3]
+    return kept
 
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), _interpreted())

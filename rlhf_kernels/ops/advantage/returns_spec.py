@@ -33,7 +33,7 @@ from rlhf_kernels.ops.advantage import (
     vtrace_reference,
 )
 
-# float16 goes the same way as bfloat16.
+# float16 goes the same way as bfloat16: one case has it.
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -49,7 +49,7 @@ CASES = (
     _case("ppo", 64, 1024, "large"),
     _case("no_step", 3, 0),
     _case("bare", 3, 41),
-    _case("everything", 3, 77, mask="middle", done=True, next=True),
+    _case("everything", 3, 77, dtypes=(*DTYPES, torch.float16), mask="middle", done=True, next=True),
 )
 
 
