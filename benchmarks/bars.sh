@@ -17,6 +17,7 @@ bench swiglu --case small_64x512,palm_4096x2048,wide_512x8192
 bench rotary --case palm_8x8x512x64
 bench layer_norm --case plain_2048x512,residual_2048x512,wide_2048x4096,residual_2048x4096
 bench rms_norm --case plain_2048x512,residual_2048x512,wide_2048x4096,residual_2048x4096
+bench vtrace --case ppo_64x1024 --impl 'native,TorchRL loop'
 bench token_advantages --case ppo_verl_256x1024 --impl native,verl
 dtype=bfloat16 bench decode_attention --case palm_1x4096,palm_128_1x4096,palm_1x32768
 bench logprob --case gpt2_1024x50257 --impl native,TRL

@@ -7,9 +7,6 @@
 namespace rk {
 namespace {
 
-// Rows that fill the lanes of every instruction set.
-constexpr int64_t kGroup = 16;
-
 // rows(g, begin, end) in parallel, by the kernel that this problem needs.
 template <class Problem, class Rows>
 void run(const Problem& g, bool next_per_step, int64_t grain, Rows plain, Rows masked, Rows zeroed,
@@ -17,9 +14,7 @@ void run(const Problem& g, bool next_per_step, int64_t grain, Rows plain, Rows m
   const GaeFlags& flags = g.flags;
   const bool simple = !flags.done && !flags.truncated && !next_per_step;
   const auto rows = !simple ? general : !flags.mask ? plain : flags.carry ? masked : zeroed;
-  parallel_rows((g.rows + kGroup - 1) / kGroup, kGroup * g.steps, grain, [&](int64_t begin, int64_t end) {
-    rows(g, begin * kGroup, end * kGroup < g.rows ? end * kGroup : g.rows);
-  });
+  each_group(g.rows, g.steps, grain, [&](int64_t begin, int64_t end) { rows(g, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& mask,

@@ -6,6 +6,15 @@
 
 namespace rk {
 
+// run(begin, end) in parallel, for groups of rows that fill the lanes of every instruction set.
+template <class Rows>
+void each_group(int64_t rows, int64_t steps, int64_t grain, const Rows& run) {
+  constexpr int64_t group = 16;
+  parallel_rows((rows + group - 1) / group, group * steps, grain, [&](int64_t begin, int64_t end) {
+    run(begin * group, end * group < rows ? end * group : rows);
+  });
+}
+
 // Tensors of one call, as large as `like`; copies that make rows contiguous live as long as it does.
 class Planes {
  public:

@@ -7,9 +7,6 @@
 namespace rk {
 namespace {
 
-// Rows that fill the lanes of every instruction set.
-constexpr int64_t kGroup = 16;
-
 Tensor linear_recurrence(const Tensor& a, const Tensor& b, const std::optional<Tensor>& initial, bool reverse,
                          int64_t grain) {
   Planes planes(b, "linear_recurrence");
@@ -23,9 +20,7 @@ Tensor linear_recurrence(const Tensor& a, const Tensor& b, const std::optional<T
                           planes.rows(),
                           planes.steps()};
     const auto kernel = reverse ? RK_PICK(recurrence_rows<T, true>) : RK_PICK(recurrence_rows<T, false>);
-    parallel_rows((g.rows + kGroup - 1) / kGroup, kGroup * g.steps, grain, [&](int64_t begin, int64_t end) {
-      kernel(g, begin * kGroup, end * kGroup < g.rows ? end * kGroup : g.rows);
-    });
+    each_group(g.rows, g.steps, grain, [&](int64_t begin, int64_t end) { kernel(g, begin, end); });
   });
   return out;
 }

@@ -9,23 +9,12 @@
 namespace rk {
 namespace {
 
-// Rows that fill the lanes of every instruction set.
-constexpr int64_t kGroup = 16;
-
 struct TokenOptions {
   double kl_coef, gamma, lam;
   bool carry, normalized;
   NormalizeOptions whitening;
   int64_t grain;
 };
-
-// rows(begin, end) in parallel.
-template <class Rows>
-void each_group(int64_t rows, int64_t steps, int64_t grain, const Rows& run) {
-  parallel_rows((rows + kGroup - 1) / kGroup, kGroup * steps, grain, [&](int64_t begin, int64_t end) {
-    run(begin * kGroup, end * kGroup < rows ? end * kGroup : rows);
-  });
-}
 
 // The inputs of one call, checked; copies that make rows contiguous live as long as it does.
 template <class T>

@@ -7,9 +7,6 @@
 namespace rk {
 namespace {
 
-// Rows that fill the lanes of every instruction set.
-constexpr int64_t kGroup = 16;
-
 std::tuple<Tensor, Tensor> vtrace(const Tensor& log_ratio, const Tensor& rewards, const Tensor& values,
                                   const std::optional<Tensor>& mask, const std::optional<Tensor>& done,
                                   const std::optional<Tensor>& next_value, double gamma, double lam,
@@ -34,9 +31,7 @@ std::tuple<Tensor, Tensor> vtrace(const Tensor& log_ratio, const Tensor& rewards
                       rho_clip,
                       c_clip};
     const auto kernel = RK_PICK(vtrace_rows<T>);
-    parallel_rows((g.rows + kGroup - 1) / kGroup, kGroup * g.steps, grain, [&](int64_t begin, int64_t end) {
-      kernel(g, begin * kGroup, end * kGroup < g.rows ? end * kGroup : g.rows);
-    });
+    each_group(g.rows, g.steps, grain, [&](int64_t begin, int64_t end) { kernel(g, begin, end); });
   });
   return {targets, advantages};
 }

@@ -6,15 +6,6 @@
 #include "common/lanes.h"
 #include "common/walk.h"
 
-template <class A>
-RK_INLINE vec_t<A> exp_of(const vec_t<A>& x) {
-  alignas(sizeof(x)) A lanes[Lanes<A>::n];
-  __builtin_memcpy(lanes, &x, sizeof(x));
-#pragma omp simd
-  for (int i = 0; i < Lanes<A>::n; ++i) lanes[i] = exp_fast(lanes[i]);
-  return load_lanes(lanes);
-}
-
 template <class T>
 void vtrace_rows(const VTrace<T>& g, int64_t begin, int64_t end) {
   using A = acc_t<T>;
@@ -45,7 +36,7 @@ void vtrace_rows(const VTrace<T>& g, int64_t begin, int64_t end) {
     for (int k = n - 1; k >= 0; --k) {
       const Mask live = bit<A>(real, k), cut = bit<A>(done, k);
       const Vec r = live ? reward[k] : zero, v = live ? value[k] : zero;
-      const Vec ratio = exp_of<A>(live ? log_ratio[k] : zero);
+      const Vec ratio = each_lane<A>(live ? log_ratio[k] : zero, [](A x) { return exp_fast(x); });
       const Vec rho = ratio > most_rho ? most_rho : ratio, c = ratio > most_c ? most_c : ratio;
       const Vec error = multiply_add<A>(gamma, cut ? zero : follows, r) - v;
       const Vec x_next = cut ? zero : x;

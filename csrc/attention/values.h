@@ -6,11 +6,7 @@ inline float weight_of(float octaves) {
   return exp2_within(octaves < -127.0f ? -127.0f : octaves);
 }
 RK_INLINE Floats weights_of(const Floats& octaves) {
-  alignas(sizeof(octaves)) float lanes[kLanes];
-  __builtin_memcpy(lanes, &octaves, sizeof(octaves));
-#pragma omp simd
-  for (int i = 0; i < kLanes; ++i) lanes[i] = weight_of(lanes[i]);
-  return load_lanes(lanes);
+  return each_lane<float>(octaves, [](float x) { return weight_of(x); });
 }
 
 // Scores become weights in place; their sum by lanes. A score's distance from the highest times `octaves` is

@@ -68,6 +68,16 @@ RK_INLINE void store_lanes(T* to, const vec_t<acc_t<T>>& from) {
   }
 }
 
+// f of every lane, which GCC vectorises.
+template <class A, class F>
+RK_INLINE vec_t<A> each_lane(const vec_t<A>& x, const F& f) {
+  alignas(sizeof(x)) A lanes[Lanes<A>::n];
+  __builtin_memcpy(lanes, &x, sizeof(x));
+#pragma omp simd
+  for (int i = 0; i < Lanes<A>::n; ++i) lanes[i] = f(lanes[i]);
+  return load_lanes(lanes);
+}
+
 // a * b + c, rounded once where the instruction set does that. Said outright: left to itself GCC fuses one of
 // two copies of a formula and not the other, and a row's bits would depend on which one it takes.
 template <class A>

@@ -26,11 +26,7 @@ RK_INLINE int64_t each_vector(const T* x, int64_t n, const F& f) {
 
 template <class A>
 RK_INLINE vec_t<A> exp_of(const vec_t<A>& t) {
-  alignas(sizeof(t)) A lanes[Lanes<A>::n];
-  __builtin_memcpy(lanes, &t, sizeof(t));
-#pragma omp simd
-  for (int i = 0; i < Lanes<A>::n; ++i) lanes[i] = Exponents<A>::exp(lanes[i]);
-  return load_lanes(lanes);
+  return each_lane<A>(t, [](A x) { return Exponents<A>::exp(x); });
 }
 
 template <class T, class A = acc_t<T>>

@@ -26,8 +26,8 @@ from rlhf_kernels.runtime.dispatch import BACKENDS, OPS, BackendError, explain, 
 from rlhf_kernels.runtime.files import cache_directory
 from rlhf_kernels.stacks import STACKS, peers
 
-# Packages, and what to do where one is not installed.
 _PRODUCTS = {"floats": "as floats", "pairs": "in pairs (AVX512_BF16)", "tiles": "by tiles (AMX)"}
+# Packages, and what to do where one is not installed.
 _PACKAGES = {
     "rlhf-kernels": "runs from its sources",
     "torch": "pip install torch",
