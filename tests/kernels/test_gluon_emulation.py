@@ -6,6 +6,7 @@ What it cannot show (layouts, the memory model, speed) the ahead-of-time budgets
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ from tests.emulation.gluon import language
 from tests.emulation.gluon.scheduler import Fault
 
 SPEC = load_specs()["attention"]
-KERNELS = {"forward_kernel", "query_gradient_kernel", "key_gradient_kernel"}
+ROOMS = ("tiles", "forward", "query_gradient", "key_gradient")
+KERNELS = {f"{name}_kernel" for name in ROOMS[1:]}
 
 
 @pytest.fixture
@@ -59,6 +61,12 @@ CASES = [
     _case("masked", "3x2/1x150x290x64", causal=True, mask="random", return_lse=True),
     _case("masked_rows", "2x2/2x140x140x128", mask="row", strided=True, scale=0.5),
     _case("more_queries", "1x1/1x270x100x64", torch.bfloat16, causal=True, return_lse=True),
+    _case("palm", "2x2/1x150x290x64", causal=True, mask="tail", rotary="xpos", return_lse=True),
+    _case("rotary_rows", "2x2/2x140x150x128", torch.bfloat16, rotary="plain_rows"),
+    _case("window_causal", "1x2/1x300x420x64", causal=True, window=100),
+    _case("window_both", "2x1/1x290x290x128", torch.bfloat16, mask="random", window=70),
+    _case("gemma_64", "1x2/1x150x290x64", causal=True, window=130, softcap=2.0, rotary="plain"),
+    _case("gemma_128", "1x2/1x150x290x128", mask="middle", softcap=5.0, rotary="xpos", return_lse=True),
 ]
 
 
@@ -111,8 +119,7 @@ def test_empty_inputs(emulated):
     [
         (torch.float32, 64, "wgmma takes no float32"),
         (torch.float16, 96, "head size 96 is none of 64, 128"),
-        (torch.bfloat16, (64, "window", "softcap"), "it knows no window and no softcap"),
-        (torch.bfloat16, (128, "rotary"), "it knows no rotary"),
+        (torch.float16, (256, "window"), "head size 256 is none of 64, 128"),
     ],
 )
 def test_what_it_does_not_know_falls_back_with_the_reason(dtype, shape_class, reason):
@@ -140,6 +147,7 @@ STEP_FREE = "    mbarrier.arrive(empty.index(slot))\n"
 KEYS_WAIT = "    dq, left = warpgroup_mma_wait(0, deps=(dq, left))\n"
 KEYS_FREE = "    mbarrier.arrive(k_empty.index(slot))\n"
 CLEARED = "    tile.store(gl.where(keep[:, None], values, gl.zeros_like(values)))\n"
+TURNED = "    right.store((b * cos + a * sin).to(tile.dtype))\n"
 FENCE = "    fence_async_shared()\n"
 FAULTS = {
     "no wait for the keys": (
@@ -166,10 +174,10 @@ FAULTS = {
         "nobody can go on|nobody waited",
     ),
     "masked values are not cleared": (
-        "forward", "        mbarrier.wait(cleared.index(slot), phase)\n",
+        "tiles", "        mbarrier.wait(cleared.index(slot), phase)\n",
         "        mbarrier.wait(full.index(slot), phase)\n", "wrong results|without fence",
     ),
-    "a store without a fence": ("forward", CLEARED + FENCE, CLEARED, "without fence_async_shared"),
+    "a store without a fence": ("tiles", CLEARED + FENCE, CLEARED, "without fence_async_shared"),
     "barriers without a fence": (
         "forward", FENCE + "\n    lse +=", "    lse +=", "before it is initialised and fenced",
     ),
@@ -189,6 +197,10 @@ FAULTS = {
         "key_gradient", "    mbarrier.wait(do_full.index(slot), phase)\n", "",
         "more arrivals|wrong|nobody waited",
     ),
+    "turned queries without a fence": ("tiles", TURNED + FENCE, TURNED, "without fence_async_shared"),
+    "gradients: turned queries overwritten before they left": (
+        "query_gradient", "    if ROTARY:\n        tma.store_wait(0)\n", "", "wrong results",
+    ),
     "gradients: keys freed before they are read": (
         "query_gradient", KEYS_WAIT + KEYS_FREE, KEYS_FREE + KEYS_WAIT, "wrong results",
     ),
@@ -196,13 +208,15 @@ FAULTS = {
 
 
 def _results():
-    """Output and gradients over five tiles of keys, some of them masked and NaN."""
+    """Output and gradients over five tiles of keys, some of them masked and NaN, with rotary embeddings."""
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(1, 2, 190, 64, generator=generator).half()
     k, v = (torch.randn(1, 1, 600, 64, generator=generator).half() for _ in range(2))
     mask = torch.arange(600)[None] % 200 > 20
     v[0, 0, ~mask[0]] = float("nan")
-    options = (False, mask, 0.125, True)
+    angle = torch.randn(600, 32, generator=generator)
+    tables = (angle[410:].cos(), angle[410:].sin(), angle.cos(), angle.sin())
+    options = (False, mask, 0.125, True, None, None, *tables)
     out, lse = kernel_gluon.forward(q, k, v, *options)
     return out, lse, *kernel_gluon.backward(q.flip(2), None, q, k, v, out, lse, *options)
 
@@ -219,14 +233,18 @@ def healthy():
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(emulated, healthy, monkeypatch, tmp_path, fault):
     which, old, new, becomes = FAULTS[fault]
-    source = (Path(gluon_forward.__file__).parent / f"gluon_{which}.py").read_text()
-    assert source.count(old) == 1
-    copy = tmp_path / f"gluon_{which}.py"
-    copy.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"broken_{which}", copy)
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
-    monkeypatch.setattr(kernel_gluon, f"{which}_kernel", getattr(broken, f"{which}_kernel"))
+    rooms = {name: Path(gluon_forward.__file__).with_name(f"gluon_{name}.py").read_text() for name in ROOMS}
+    assert rooms[which].count(old) == 1
+    rooms[which] = rooms[which].replace(old, new)
+    for name, source in rooms.items():  # the tiles first: the others take them from there
+        copy = tmp_path / f"broken_{name}.py"
+        copy.write_text(source.replace("rlhf_kernels.ops.attention.gluon_tiles", "broken_tiles"))
+        spec = importlib.util.spec_from_file_location(copy.stem, copy)
+        broken = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, copy.stem, broken)
+        spec.loader.exec_module(broken)
+        if name != "tiles":
+            monkeypatch.setattr(kernel_gluon, f"{name}_kernel", getattr(broken, f"{name}_kernel"))
     try:
         same = all(map(torch.equal, _results(), healthy))
         outcome = "unnoticed" if same else "wrong results"

@@ -62,21 +62,24 @@ def gluon_build(
     function = {"forward": k.forward_kernel, "query_gradient": k.query_gradient_kernel,
                 "key_gradient": k.key_gradient_kernel}[kernel]  # fmt: skip
     keys = {"forward": block_n, "query_gradient": k.QUERY_GRADIENT_KEYS[size], "key_gradient": k.KEYS}[kernel]
-    constants = {"CAUSAL": flags.get("CAUSAL", False), "HAS_MASK": flags.get("HAS_MASK", False), "D": size}
-    constants |= {"PINNED": bool(pinned), "BLOCK_N": keys, "STAGES": k.STAGES}
+    constants = {flag: flags.get(flag, False) for flag in FLAGS}
+    constants |= {"PINNED": bool(pinned), "D": size, "BLOCK_N": keys, "STAGES": k.STAGES}
     constants |= {"HAS_GRAD_LSE": constants["CAUSAL"] and constants["HAS_MASK"]}
-    constants |= {} if constants["HAS_MASK"] else dict.fromkeys(NEEDED["HAS_MASK"])
+    for flag, names in NEEDED.items():
+        constants |= {} if constants[flag] else dict.fromkeys(names)
     constants |= {} if constants["HAS_GRAD_LSE"] else {"grad_lse": None}
-    rows = dict.fromkeys(("q_desc", "out_desc", "do_desc", "dq_desc"), k.ROWS)
+    constants |= {} if constants["ROTARY"] else {"turned_desc": None}
+    rows = dict.fromkeys(("q_desc", "turned_desc", "out_desc", "do_desc", "dq_desc"), k.ROWS)
     rows |= dict.fromkeys(("k_desc", "v_desc", "dk_desc", "dv_desc"), keys)
     wide = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     types = {
         name: f"tensordesc<{dtype}[1, 1, {n}, {size}],{k.layout(n, size, wide)!r}>"
         for name, n in rows.items()
     }
-    types |= dict.fromkeys(("lse", "grad_lse", "shift", "delta"), "*fp32")
-    types |= {"key_mask": "*u8", "span": "*i32", "scale": "fp32", "scale_log2": "fp32"}
+    types |= dict.fromkeys(("lse", "grad_lse", "shift", "delta", *NEEDED["ROTARY"]), "*fp32")
+    types |= {"key_mask": "*u8", "span": "*i32"} | dict.fromkeys(("scale", "scale_log2", "cap"), "fp32")
     signature = {name: types.get(name, "i32") for name in function.arg_names if name not in constants}
+    strides = [name for name in signature if name.startswith("stride") or name == "row_pitch"]
     named = [name for flag, name in FLAGS.items() if flags.get(flag)]
     if kernel == "forward":
         named += [f"n{block_n}"] * (block_n != 128) + ["unpinned"] * (not pinned)
@@ -88,6 +91,6 @@ def gluon_build(
         "sm_90",
         k.KEY_WARPS if kernel == "key_gradient" else k.WARPS,
         tensor_core=True,
-        aligned=tuple(name for name, kind in signature.items() if kind.startswith("*")),
+        aligned=(*(name for name, kind in signature.items() if kind.startswith("*")), *strides),
         gluon=True,
     )

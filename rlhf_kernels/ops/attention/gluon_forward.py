@@ -21,22 +21,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from rlhf_kernels.ops.attention.triton_tiles import masked_tile, tile_and_head, visible_key_tiles
+from rlhf_kernels.ops.attention.gluon_tiles import (
+    BLOCK_M,
+    CONSUMERS,
+    ROWS,
+    WARPS,
+    key_tile,
+    operand,
+    seen_keys,
+    turn,
+    wait_cleared,
+)
+from rlhf_kernels.ops.attention.triton_tiles import tanh, tile_and_head, visible_key_tiles
 
 LN2 = gl.constexpr(0.6931471805599453)
 # The maximum of a row that has seen no key: finite, so that it can be subtracted from a masked score of -inf.
 LOWEST = gl.constexpr(-3.4028234663852886e38)
-WARPS = gl.constexpr(4)  # of a warpgroup
-ROWS = gl.constexpr(64)  # queries of a consumer: what one wgmma holds
-CONSUMERS = gl.constexpr(2)
-BLOCK_M = gl.constexpr(128)
-
-
-@gluon.jit
-def key_tile(i, tiles):
-    """The i-th tile of keys: those that need a mask, then the others."""
-    begin, dense, dense_end, n_masked = tiles
-    return gl.where(i < n_masked, masked_tile(i, begin, dense, dense_end), dense + i - n_masked)
 
 
 @gluon.jit
@@ -65,58 +65,17 @@ def _produce(
 
 
 @gluon.jit
-def _clear(tile, key_mask, first_key, S, D: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Sets rows of masked keys to 0 where they lie: weight 0 times NaN would be NaN."""
-    PER_ROW: gl.constexpr = D // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // PER_ROW, PER_ROW], [WARPS, 1], [1, 0])
-    keys = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
-    keep = gl.load(key_mask + keys, mask=keys < S, other=0) != 0
-    values = tile.load(layout)
-    tile.store(gl.where(keep[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()
-
-
-@gluon.jit
-def wait_cleared(
-    i, smem, full, cleared, key_mask, first_key, S,
-    INDEX: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Waits for the i-th tile of a ring; the first consumer clears it of masked keys for all."""
-    slot = i % STAGES
-    phase = (i // STAGES) & 1
-    if INDEX == 0:
-        mbarrier.wait(full.index(slot), phase)
-        _clear(smem.index(slot).reshape([BLOCK_N, D]), key_mask, first_key, S, D, BLOCK_N)
-        mbarrier.arrive(cleared.index(slot))
-    else:
-        mbarrier.wait(cleared.index(slot), phase)
-
-
-@gluon.jit
-def seen_keys(
-    queries, key_mask, first_key, S, offset,
-    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Which keys of a tile the queries see."""
-    keys = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    keep = keys < S
-    if HAS_MASK:
-        keep = gl.load(key_mask + keys, mask=keep, other=0) != 0
-    see = keep[None, :]
-    if CAUSAL:
-        see = see & (keys[None, :] <= (queries + offset)[:, None])
-    return see
-
-
-@gluon.jit
 def _softmax(
-    scores, top, total, queries, key_mask, first_key, S, offset, scale,
-    MASKED: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, BLOCK_N: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    scores, top, total, queries, key_mask, first_key, sizes, FLAGS: gl.constexpr,
+    MASKED: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Takes a tile of scores in: its weights, the new state, and the factor by which what was shrinks."""
+    T, S, window, scale, cap = sizes
+    if FLAGS[3]:
+        scores = tanh(scores * scale)
+        scale = cap
     if MASKED:
-        see = seen_keys(queries, key_mask, first_key, S, offset, CAUSAL, HAS_MASK, BLOCK_N, LAYOUT)
+        see = seen_keys(queries, key_mask, first_key, S, S - T, window, FLAGS, BLOCK_N, LAYOUT)
         scores = gl.where(see, scores, float("-inf"))
     higher = gl.maximum(top, gl.max(scores, 1) * scale)
     weights = gl.exp2(scores * scale - higher[:, None])
@@ -140,10 +99,9 @@ def _pinned(x):
 
 @gluon.jit
 def _step(
-    i, acc, weights, top, total, q_tile, memory, barriers, tiles, queries, key_mask, S, offset, scale,
-    INDEX: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
-    PINNED: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SCORES: gl.constexpr, OUT: gl.constexpr,
+    i, acc, weights, top, total, q_tile, memory, barriers, tiles, queries, key_mask, sizes,
+    FLAGS: gl.constexpr, INDEX: gl.constexpr, MASKED: gl.constexpr, PINNED: gl.constexpr, D: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of the i-th tile beside the product of the weights and values of the tile before."""
     _, k_smem, v_smem = memory
@@ -163,47 +121,41 @@ def _step(
 
     first_key = key_tile(i, tiles) * BLOCK_N
     next_weights, top, total, shrink = _softmax(
-        scores, top, total, queries, key_mask, first_key, S, offset, scale,
-        MASKED, CAUSAL, HAS_MASK, BLOCK_N, SCORES,
-    )  # fmt: skip
+        scores, top, total, queries, key_mask, first_key, sizes, FLAGS, MASKED, BLOCK_N, SCORES
+    )
     if PINNED:
         total = _pinned(total)
     acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
     mbarrier.arrive(v_empty.index(before))
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUT))[:, None]
-    if MASKED and HAS_MASK:
-        wait_cleared(i, v_smem, v_full, v_clear, key_mask, first_key, S, INDEX, D, BLOCK_N, STAGES)
+    if MASKED and FLAGS[1]:
+        wait_cleared(i, v_smem, v_full, v_clear, key_mask, first_key, sizes[1], INDEX, D, BLOCK_N, STAGES)
     return acc, operand(next_weights, v_smem.dtype, OUT), top, total
 
 
 @gluon.jit
-def operand(weights, dtype: gl.constexpr, OUT: gl.constexpr):
-    """Weights as the left operand of the second product: where the scores lie they lie right."""
-    return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, OUT, 2))
-
-
-@gluon.jit
 def _consume(
-    out_desc, lse, key_mask, memory, barriers, tiles, n, place, sizes,
-    INDEX: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, PINNED: gl.constexpr,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    out_desc, lse, key_mask, tables, memory, barriers, tiles, n, place, sizes, FLAGS: gl.constexpr,
+    INDEX: gl.constexpr, PINNED: gl.constexpr, ROTARY: gl.constexpr, D: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One consumer: output and log-sum-exp of its 64 queries; `lse` is that of the head."""
     q_smem, k_smem, v_smem = memory
     q_full, k_full, k_empty, v_full, _, v_clear = barriers
     batch, head, first = place
-    T, S, scale = sizes
+    T, S, _, _, _ = sizes
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     row = first + INDEX * ROWS
     queries = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
-    offset = S - T
     acc = gl.zeros([ROWS, D], gl.float32, OUT)
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
     top = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
 
     mbarrier.wait(q_full, 0)
     q_tile = q_smem.index(INDEX).reshape([ROWS, D])
+    if ROTARY:
+        turn(q_tile, tables, batch, row, T, ROWS, D)
     mbarrier.wait(k_full.index(0), 0)
     k_tile = k_smem.index(0).reshape([BLOCK_N, D])
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
@@ -213,22 +165,21 @@ def _consume(
     first_key = key_tile(0, tiles) * BLOCK_N
     # With a mask whatever tile it is: where no key is seen at all it makes the row empty.
     weights, top, total, _ = _softmax(
-        scores, top, total, queries, key_mask, first_key, S, offset, scale,
-        True, CAUSAL, HAS_MASK, BLOCK_N, SCORES,
-    )  # fmt: skip
-    if HAS_MASK:
+        scores, top, total, queries, key_mask, first_key, sizes, FLAGS, True, BLOCK_N, SCORES
+    )
+    if FLAGS[1]:
         wait_cleared(0, v_smem, v_full, v_clear, key_mask, first_key, S, INDEX, D, BLOCK_N, STAGES)
     weights = operand(weights, v_smem.dtype, OUT)
     n_masked = tiles[3]
     for i in range(1, n_masked):
         acc, weights, top, total = _step(
-            i, acc, weights, top, total, q_tile, memory, barriers, tiles, queries, key_mask, S, offset, scale,
-            INDEX, True, CAUSAL, HAS_MASK, PINNED, D, BLOCK_N, STAGES, SCORES, OUT,
+            i, acc, weights, top, total, q_tile, memory, barriers, tiles, queries, key_mask, sizes, FLAGS,
+            INDEX, True, PINNED, D, BLOCK_N, STAGES, SCORES, OUT,
         )  # fmt: skip
     for i in range(gl.maximum(n_masked, 1), n):
         acc, weights, top, total = _step(
-            i, acc, weights, top, total, q_tile, memory, barriers, tiles, queries, key_mask, S, offset, scale,
-            INDEX, False, CAUSAL, HAS_MASK, PINNED, D, BLOCK_N, STAGES, SCORES, OUT,
+            i, acc, weights, top, total, q_tile, memory, barriers, tiles, queries, key_mask, sizes, FLAGS,
+            INDEX, False, PINNED, D, BLOCK_N, STAGES, SCORES, OUT,
         )  # fmt: skip
     last = (n - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((n - 1) // STAGES) & 1)
@@ -247,12 +198,12 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_heads", "H", "group_size", "T", "S", "heads_per_wave"])
+@gluon.jit(do_not_specialize=["n_heads", "H", "group_size", "T", "S", "window", "heads_per_wave"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, key_mask, span, lse, scale_log2, stride_mb,
-    n_heads, H, group_size, T, S, heads_per_wave,
-    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, PINNED: gl.constexpr,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, key_mask, span, q_cos, q_sin, lse, scale_log2, cap, stride_mb,
+    stride_qcb, n_heads, H, group_size, T, S, window, heads_per_wave,
+    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr,
+    ROTARY: gl.constexpr, PINNED: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of 64 queries of one head for each consumer."""
     n_tiles = gl.cdiv(T, BLOCK_M)
@@ -263,7 +214,7 @@ def forward_kernel(
     if HAS_MASK:
         key_mask += batch.to(gl.int64) * stride_mb
     begin, dense, dense_end, end = visible_key_tiles(
-        span, batch, first, S, S - T, 0, BLOCK_M, BLOCK_N, CAUSAL, HAS_MASK, False
+        span, batch, first, S, S - T, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_MASK, HAS_WINDOW
     )
     n_masked = end - begin - (dense_end - dense)
     n = gl.maximum(end - begin, 1)
@@ -291,13 +242,15 @@ def forward_kernel(
     memory = (q_smem, k_smem, v_smem)
     barriers = (q_full, k_full, k_empty, v_full, v_empty, v_clear)
     place = (batch, head, first)
-    sizes = (T, S, scale_log2)
+    sizes = (T, S, window, scale_log2, cap)
+    FLAGS: gl.constexpr = (CAUSAL, HAS_MASK, HAS_WINDOW, HAS_CAP)
+    tables = (q_cos, q_sin, stride_qcb)
     gl.warp_specialize(
         [
-            (_consume, (out_desc, lse, key_mask, memory, barriers, tiles, n, place, sizes,
-                        0, CAUSAL, HAS_MASK, PINNED, D, BLOCK_N, STAGES)),
-            (_consume, (out_desc, lse, key_mask, memory, barriers, tiles, n, place, sizes,
-                        1, CAUSAL, HAS_MASK, PINNED, D, BLOCK_N, STAGES)),
+            (_consume, (out_desc, lse, key_mask, tables, memory, barriers, tiles, n, place, sizes, FLAGS,
+                        0, PINNED, ROTARY, D, BLOCK_N, STAGES)),
+            (_consume, (out_desc, lse, key_mask, tables, memory, barriers, tiles, n, place, sizes, FLAGS,
+                        1, PINNED, ROTARY, D, BLOCK_N, STAGES)),
             (_produce, (q_desc, k_desc, v_desc, memory, barriers, tiles, n, place, head // group_size,
                         BLOCK_N, STAGES)),
         ],

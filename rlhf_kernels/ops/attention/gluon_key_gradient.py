@@ -18,7 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from rlhf_kernels.ops.attention.triton_tiles import masked_tile, tile_and_head, visible_query_tiles
+from rlhf_kernels.ops.attention.gluon_tiles import store_turned_back
+from rlhf_kernels.ops.attention.triton_tiles import (
+    masked_tile,
+    seen,
+    tanh,
+    tile_and_head,
+    visible_query_tiles,
+)
 
 WARPS = gl.constexpr(8)  # of the consumer: two warpgroups, 64 keys each
 KEYS = gl.constexpr(128)
@@ -65,13 +72,14 @@ def _produce(
 
 @gluon.jit
 def _step(
-    i, dk, dv, k_tile, v_tile, shift, delta, memory, barriers, tiles, keys, T, offset, row_pitch, scale,
-    MASKED: gl.constexpr, CAUSAL: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    i, dk, dv, k_tile, v_tile, shift, delta, memory, barriers, tiles, keys, sizes,
+    FLAGS: gl.constexpr, MASKED: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     SCORES: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """Adds what one tile of queries contributes to dK and dV."""
     _, _, q_smem, do_smem = memory
     _, q_full, do_full, empty = barriers
+    T, S, window, row_pitch, _, scale, cap = sizes
     slot = i % STAGES
     phase = (i // STAGES) & 1
     head, query = _where(i, tiles)
@@ -83,24 +91,30 @@ def _step(
     scores = warpgroup_mma(k_tile, q_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(do_full.index(slot), phase)
     do_tile = do_smem.index(slot).reshape([QUERIES, D])
-    dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
-    # Behind the last query nothing is written: there the weights are 0 by a shift of infinity.
-    inside = lanes < T
-    if MASKED:
-        shift_tile = gl.load(shift + row + lanes, mask=inside, other=float("inf"))
-    else:
-        shift_tile = gl.load(shift + row + lanes)
+    # The cap and heads of 128 together leave no registers for both products at once.
+    APART: gl.constexpr = FLAGS[2] and D == 128
+    if not APART:
+        dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
+    # Behind the last query shift is infinity, and the weights 0.
+    shift_tile = gl.load(shift + row + lanes)
 
-    scores = warpgroup_mma_wait(1, deps=(scores,))
-    weights = gl.exp2(scores * scale - shift_tile[None, :])
-    if MASKED and CAUSAL:
-        weights = gl.where(keys[:, None] <= (lanes + offset)[None, :], weights, 0.0)
+    scores = warpgroup_mma_wait(0 if APART else 1, deps=(scores,))
+    if FLAGS[2]:
+        scores = tanh(scores * scale)
+        weights = gl.exp2(scores * cap - shift_tile[None, :])
+    else:
+        weights = gl.exp2(scores * scale - shift_tile[None, :])
+    if MASKED and (FLAGS[0] or FLAGS[1]):
+        see = seen(keys[:, None], (lanes + S - T)[None, :], window, None, FLAGS[0], FLAGS[1])
+        weights = gl.where(see, weights, 0.0)
     left = gl.convert_layout(weights.to(q_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
+    if FLAGS[2]:
+        weights = weights * (1.0 - scores * scores)
+    if APART:
+        dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     dv = warpgroup_mma(left, do_tile, dv, is_async=True)
     # Late, since registers are full until here.
-    delta_tile = (
-        gl.load(delta + row + lanes, mask=inside, other=0.0) if MASKED else gl.load(delta + row + lanes)
-    )
+    delta_tile = gl.load(delta + row + lanes)
     dp = warpgroup_mma_wait(1, deps=(dp,))
     ds = weights * (dp - delta_tile[None, :])
     right = gl.convert_layout(ds.to(q_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
@@ -112,15 +126,15 @@ def _step(
 
 @gluon.jit
 def _consume(
-    dk_desc, dv_desc, key_mask, shift, delta, memory, barriers, tiles, n, place, sizes,
-    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    dk_desc, dv_desc, key_mask, tables, shift, delta, memory, barriers, tiles, n, place, sizes,
+    FLAGS: gl.constexpr, HAS_MASK: gl.constexpr, ROTARY: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The consumer: dK and dV of 128 keys; `shift` and `delta` are those of the group's first head."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, QUERIES, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     k_smem, v_smem, _, _ = memory
     batch, group, _, first_key = place
-    T, S, row_pitch, scale, scale_log2 = sizes
+    _, S, _, _, scale, _, _ = sizes
     _, dense, dense_end, _, group_size = tiles
     keys = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, SCORES))
     dk = gl.zeros([KEYS, D], gl.float32, OUT)
@@ -131,13 +145,13 @@ def _consume(
     n_dense = (dense_end - dense) * group_size
     for i in range(0, n_dense):
         dk, dv = _step(
-            i, dk, dv, k_tile, v_tile, shift, delta, memory, barriers, tiles, keys, T, S - T, row_pitch,
-            scale_log2, False, CAUSAL, D, STAGES, SCORES, OUT,
+            i, dk, dv, k_tile, v_tile, shift, delta, memory, barriers, tiles, keys, sizes,
+            FLAGS, False, D, STAGES, SCORES, OUT,
         )  # fmt: skip
     for i in range(n_dense, n):
         dk, dv = _step(
-            i, dk, dv, k_tile, v_tile, shift, delta, memory, barriers, tiles, keys, T, S - T, row_pitch,
-            scale_log2, True, CAUSAL, D, STAGES, SCORES, OUT,
+            i, dk, dv, k_tile, v_tile, shift, delta, memory, barriers, tiles, keys, sizes,
+            FLAGS, True, D, STAGES, SCORES, OUT,
         )  # fmt: skip
 
     dk = dk * scale
@@ -147,21 +161,25 @@ def _consume(
         dk = gl.where(keep, dk, 0.0)
         dv = gl.where(keep, dv, 0.0)
     # Every product has read keys and values: the gradients leave from where they lay.
-    k_tile.store(dk.to(k_smem.dtype))
     v_tile.store(dv.to(v_smem.dtype))
-    fence_async_shared()
+    store_turned_back(k_tile, dk, tables, batch, first_key, S, ROTARY, KEYS, D, WARPS)
     tma.async_copy_shared_to_global(dk_desc, [batch, group, first_key, 0], k_smem)
     tma.async_copy_shared_to_global(dv_desc, [batch, group, first_key, 0], v_smem)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_groups", "G", "group_size", "T", "S", "heads_per_wave"])
+@gluon.jit(do_not_specialize=["n_groups", "G", "group_size", "T", "S", "window", "heads_per_wave"])
 def key_gradient_kernel(
-    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, key_mask, shift, delta, scale, scale_log2,
-    stride_mb, row_pitch, n_groups, G, group_size, T, S, heads_per_wave,
-    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, dk_desc, dv_desc, key_mask, k_cos, k_sin, shift, delta,
+    scale, scale_log2, cap, stride_mb, stride_kcb, row_pitch,
+    n_groups, G, group_size, T, S, window, heads_per_wave,
+    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr,
+    ROTARY: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys of one group, from every query head that reads it."""
+    """dK and dV of one tile of keys of one group, from every query head that reads it.
+
+    With rotary embeddings queries and keys come turned, and dK is turned back.
+    """
     rank, at = tile_and_head(gl.cdiv(S, KEYS), n_groups, heads_per_wave)
     batch = at // G
     group = at % G
@@ -170,7 +188,9 @@ def key_gradient_kernel(
     delta += at.to(gl.int64) * group_size * row_pitch
     if HAS_MASK:
         key_mask += batch.to(gl.int64) * stride_mb
-    begin, dense, dense_end, end = visible_query_tiles(first_key, T, S - T, 0, QUERIES, KEYS, CAUSAL, False)
+    begin, dense, dense_end, end = visible_query_tiles(
+        first_key, T, S - T, window, QUERIES, KEYS, CAUSAL, HAS_WINDOW
+    )
 
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [1, 1, KEYS, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [1, 1, KEYS, D], v_desc.layout)
@@ -192,11 +212,13 @@ def key_gradient_kernel(
     tiles = (begin, dense, dense_end, end, group_size)
     n = (end - begin) * group_size
     place = (batch, group, group * group_size, first_key)
-    sizes = (T, S, row_pitch, scale, scale_log2)
+    tables = (k_cos, k_sin, stride_kcb)
+    sizes = (T, S, window, row_pitch, scale, scale_log2, cap)
+    FLAGS: gl.constexpr = (CAUSAL, HAS_WINDOW, HAS_CAP)
     gl.warp_specialize(
         [
-            (_consume, (dk_desc, dv_desc, key_mask, shift, delta, memory, barriers, tiles, n, place, sizes,
-                        CAUSAL, HAS_MASK, D, STAGES)),
+            (_consume, (dk_desc, dv_desc, key_mask, tables, shift, delta, memory, barriers, tiles, n,
+                        place, sizes, FLAGS, HAS_MASK, ROTARY, D, STAGES)),
             (_produce, (k_desc, v_desc, q_desc, do_desc, memory, barriers, tiles, n, place, STAGES)),
         ],
         [1],

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from rlhf_kernels.ops.attention.gluon_forward import (
+from rlhf_kernels.ops.attention.gluon_tiles import (
     BLOCK_M,
     CONSUMERS,
     ROWS,
@@ -23,9 +23,11 @@ from rlhf_kernels.ops.attention.gluon_forward import (
     key_tile,
     operand,
     seen_keys,
+    store_turned_back,
+    turn,
     wait_cleared,
 )
-from rlhf_kernels.ops.attention.triton_tiles import tile_and_head, visible_key_tiles
+from rlhf_kernels.ops.attention.triton_tiles import tanh, tile_and_head, visible_key_tiles
 
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -59,17 +61,18 @@ def _produce(
 
 @gluon.jit
 def _step(
-    i, dq, q_tile, do_tile, shift, delta, memory, barriers, tiles, queries, key_mask, S, offset, scale,
-    INDEX: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
+    i, dq, q_tile, do_tile, shift, delta, memory, barriers, tiles, queries, key_mask, sizes,
+    FLAGS: gl.constexpr, INDEX: gl.constexpr, MASKED: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """Adds what the i-th tile of keys contributes to dQ."""
     _, _, _, k_smem, v_smem = memory
     _, k_full, k_empty, v_full, v_empty, k_clear = barriers
+    T, S, window, _, scale, cap = sizes
     slot = i % STAGES
     phase = (i // STAGES) & 1
     first_key = key_tile(i, tiles) * BLOCK_N
-    if MASKED and HAS_MASK:
+    if MASKED and FLAGS[1]:
         wait_cleared(i, k_smem, k_full, k_clear, key_mask, first_key, S, INDEX, D, BLOCK_N, STAGES)
     else:
         mbarrier.wait(k_full.index(slot), phase)
@@ -80,12 +83,16 @@ def _step(
     v_tile = v_smem.index(slot).reshape([BLOCK_N, D])
     dp = warpgroup_mma(do_tile, v_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
-    weights = gl.exp2(scores * scale - shift[:, None])
+    if FLAGS[3]:
+        bent = tanh(scores * scale)
+        slope = gl.exp2(bent * cap - shift[:, None]) * (1.0 - bent * bent)
+    else:
+        slope = gl.exp2(scores * scale - shift[:, None])
     dp = warpgroup_mma_wait(0, deps=(dp,))
     mbarrier.arrive(v_empty.index(slot))
-    ds = weights * (dp - delta[:, None])
+    ds = slope * (dp - delta[:, None])
     if MASKED:
-        see = seen_keys(queries, key_mask, first_key, S, offset, CAUSAL, HAS_MASK, BLOCK_N, SCORES)
+        see = seen_keys(queries, key_mask, first_key, S, S - T, window, FLAGS, BLOCK_N, SCORES)
         ds = gl.where(see, ds, 0.0)
     left = operand(ds, k_smem.dtype, OUT)
     dq = warpgroup_mma(left, k_tile, dq, is_async=True)
@@ -105,16 +112,16 @@ def _delta(do_tile, out_tile, D: gl.constexpr, SCORES: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    dq_desc, lse, grad_lse, key_mask, shift_out, delta_out, memory, barriers, tiles, n, place, sizes,
-    INDEX: gl.constexpr, CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, HAS_GRAD_LSE: gl.constexpr,
-    D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    dq_desc, turned_desc, lse, grad_lse, key_mask, tables, shift_out, delta_out, memory, barriers, tiles, n,
+    place, sizes, FLAGS: gl.constexpr, INDEX: gl.constexpr, HAS_GRAD_LSE: gl.constexpr,
+    ROTARY: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One consumer: dQ, shift and delta of its 64 queries; what is 1-D is that of the head."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     q_smem, do_smem, out_smem, _, _ = memory
     batch, head, first = place
-    T, S, scale, scale_log2 = sizes
+    T, _, _, scale, _, _ = sizes
     row = first + INDEX * ROWS
     queries = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     inside = queries < T
@@ -125,6 +132,10 @@ def _consume(
     mbarrier.wait(barriers[0], 0)
     q_tile = q_smem.index(INDEX).reshape([ROWS, D])
     do_tile = do_smem.index(INDEX).reshape([ROWS, D])
+    if ROTARY:
+        # Also for dK, which reads every query many times.
+        turn(q_tile, tables, batch, row, T, ROWS, D)
+        tma.async_copy_shared_to_global(turned_desc, [batch, head, row, 0], q_smem.index(INDEX))
     delta = _delta(do_tile, out_smem.index(INDEX).reshape([ROWS, D]), D, SCORES)
     if HAS_GRAD_LSE:
         delta = delta - gl.load(grad_lse + queries, mask=inside, other=0.0)
@@ -133,30 +144,36 @@ def _consume(
     n_masked = tiles[3]
     for i in range(0, n_masked):
         dq = _step(
-            i, dq, q_tile, do_tile, shift, delta, memory, barriers, tiles, queries, key_mask, S, S - T,
-            scale_log2, INDEX, True, CAUSAL, HAS_MASK, D, BLOCK_N, STAGES, SCORES, OUT,
+            i, dq, q_tile, do_tile, shift, delta, memory, barriers, tiles, queries, key_mask, sizes,
+            FLAGS, INDEX, True, D, BLOCK_N, STAGES, SCORES, OUT,
         )  # fmt: skip
     for i in range(n_masked, n):
         dq = _step(
-            i, dq, q_tile, do_tile, shift, delta, memory, barriers, tiles, queries, key_mask, S, S - T,
-            scale_log2, INDEX, False, CAUSAL, HAS_MASK, D, BLOCK_N, STAGES, SCORES, OUT,
+            i, dq, q_tile, do_tile, shift, delta, memory, barriers, tiles, queries, key_mask, sizes,
+            FLAGS, INDEX, False, D, BLOCK_N, STAGES, SCORES, OUT,
         )  # fmt: skip
 
     # The queries have been read for the last time: their gradient leaves from where they lay.
-    q_tile.store((dq * scale).to(q_smem.dtype))
-    fence_async_shared()
+    if ROTARY:
+        tma.store_wait(0)
+    store_turned_back(q_tile, dq * scale, tables, batch, row, T, ROTARY, ROWS, D, WARPS)
     tma.async_copy_shared_to_global(dq_desc, [batch, head, row, 0], q_smem.index(INDEX))
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_heads", "H", "group_size", "T", "S", "heads_per_wave"])
+@gluon.jit(do_not_specialize=["n_heads", "H", "group_size", "T", "S", "window", "heads_per_wave"])
 def query_gradient_kernel(
-    q_desc, k_desc, v_desc, out_desc, do_desc, dq_desc, key_mask, span, lse, grad_lse, shift, delta,
-    scale, scale_log2, stride_mb, row_pitch, n_heads, H, group_size, T, S, heads_per_wave,
-    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, HAS_GRAD_LSE: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, do_desc, dq_desc, turned_desc, key_mask, span, q_cos, q_sin, lse,
+    grad_lse, shift, delta, scale, scale_log2, cap, stride_mb, stride_qcb, row_pitch,
+    n_heads, H, group_size, T, S, window, heads_per_wave,
+    CAUSAL: gl.constexpr, HAS_MASK: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_CAP: gl.constexpr,
+    ROTARY: gl.constexpr, HAS_GRAD_LSE: gl.constexpr,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dQ of 64 queries of one head for each consumer, and their shift and delta, pads included."""
+    """dQ of 64 queries of one head for each consumer, and their shift and delta, pads included.
+
+    With rotary embeddings also the turned queries, for the next kernel; the keys come turned.
+    """
     n_tiles = gl.cdiv(T, BLOCK_M)
     rank, at = tile_and_head(n_tiles, n_heads, heads_per_wave)
     first = (n_tiles - 1 - rank) * BLOCK_M
@@ -165,7 +182,7 @@ def query_gradient_kernel(
     if HAS_MASK:
         key_mask += batch.to(gl.int64) * stride_mb
     begin, dense, dense_end, end = visible_key_tiles(
-        span, batch, first, S, S - T, 0, BLOCK_M, BLOCK_N, CAUSAL, HAS_MASK, False
+        span, batch, first, S, S - T, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_MASK, HAS_WINDOW
     )
     n_masked = end - begin - (dense_end - dense)
 
@@ -199,13 +216,15 @@ def query_gradient_kernel(
     barriers = (q_full, k_full, k_empty, v_full, v_empty, k_clear)
     n = end - begin
     place = (batch, head, first)
-    sizes = (T, S, scale, scale_log2)
+    sizes = (T, S, window, scale, scale_log2, cap)
+    FLAGS: gl.constexpr = (CAUSAL, HAS_MASK, HAS_WINDOW, HAS_CAP)
+    tables = (q_cos, q_sin, stride_qcb)
     gl.warp_specialize(
         [
-            (_consume, (dq_desc, lse, grad_lse, key_mask, shift, delta, memory, barriers, tiles, n, place,
-                        sizes, 0, CAUSAL, HAS_MASK, HAS_GRAD_LSE, D, BLOCK_N, STAGES)),
-            (_consume, (dq_desc, lse, grad_lse, key_mask, shift, delta, memory, barriers, tiles, n, place,
-                        sizes, 1, CAUSAL, HAS_MASK, HAS_GRAD_LSE, D, BLOCK_N, STAGES)),
+            (_consume, (dq_desc, turned_desc, lse, grad_lse, key_mask, tables, shift, delta, memory, barriers,
+                        tiles, n, place, sizes, FLAGS, 0, HAS_GRAD_LSE, ROTARY, D, BLOCK_N, STAGES)),
+            (_consume, (dq_desc, turned_desc, lse, grad_lse, key_mask, tables, shift, delta, memory, barriers,
+                        tiles, n, place, sizes, FLAGS, 1, HAS_GRAD_LSE, ROTARY, D, BLOCK_N, STAGES)),
             (_produce, (q_desc, do_desc, out_desc, k_desc, v_desc, memory, barriers, tiles, n, place,
                         head // group_size, BLOCK_N, STAGES)),
         ],

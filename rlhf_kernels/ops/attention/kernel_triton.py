@@ -91,7 +91,7 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tens
     out = new_like(q)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     tile = _tile("forward", q, options)
-    shared = Shared(q, k, options)
+    shared = Shared(q, k, options, _always_masked(options))
     tiles = shared.tiles(queries, tile.block_m)
     q_plan = _plan(options.cu_seqlens, queries, tile.block_m)
     k_plan = q_plan if options.cu_seqlens_k is None else _plan(options.cu_seqlens_k, keys, tile.block_m)
@@ -127,7 +127,7 @@ def run_backward(
     (batch, heads, queries, _), (groups, keys) = q.shape, k.shape[1:3]
     group_size = heads // groups
     dq, dk, dv = new_like(q), new_like(k), new_like(v)
-    shared = Shared(q, k, options)
+    shared = Shared(q, k, options, _always_masked(options))
 
     tile, key_tile = (_tile(kernel, q, options) for kernel in ("query_gradient", "key_gradient"))
     pad, tiles = tile.block_m, shared.tiles(queries, tile.block_m)
@@ -172,10 +172,10 @@ class Shared:
         flags: the kernels' constants.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, options: Options) -> None:
+    def __init__(self, q: Tensor, k: Tensor, options: Options, always_masked: bool = False) -> None:
+        """`always_masked` makes up a mask that allows all where there is none."""
         key_mask = options.key_mask
-        if key_mask is None and options.q_cos is not None and options.cu_seqlens is None:
-            # Tiles that turn keep their registers with a mask, and would spill without one.
+        if key_mask is None and always_masked:
             key_mask = q.new_ones(k.shape[0], k.shape[2], dtype=torch.bool)
         self.key_mask, self.span = _key_mask(key_mask)
         tables = options[options._fields.index("q_cos") : options._fields.index("k_sin") + 1]
@@ -216,6 +216,11 @@ def _plan(cu_seqlens: Tensor | None, rows: int, block: int) -> Tensor | None:
 def _turned_before(q: Tensor, options: Options) -> bool:
     packed = options.cu_seqlens is not None
     return options.q_cos is not None and not turns(target_of(q.device), q.dtype, q.shape[-1], packed)
+
+
+def _always_masked(options: Options) -> bool:
+    """Whether to make a mask: tiles that turn keep their registers with one, and would spill without."""
+    return options.q_cos is not None and options.cu_seqlens is None
 
 
 def _turn(q: Tensor, k: Tensor, options: Options, back: bool) -> tuple[Tensor, Tensor]:

@@ -205,9 +205,12 @@ def kernels() -> Iterator[KernelBuild]:
 def _gluon_kernels() -> Iterator[KernelBuild]:
     """The usual flags with every value of the knobs, and fewer flags with the defaults."""
     training = {"CAUSAL": True, "HAS_MASK": True}
+    palm = training | {"ROTARY": True}
     for size in (64, 128):
         for kernel in ("forward", "query_gradient", "key_gradient"):
-            for flags in (training, {"CAUSAL": True}, {"HAS_MASK": True}, {}):
+            gemma = {"CAUSAL": True, "HAS_WINDOW": True, "HAS_CAP": True, "ROTARY": True}
+            gemma["ROTARY"] = kernel != "key_gradient" or size == 64  # else turned back after it
+            for flags in (training, {"CAUSAL": True}, {"HAS_MASK": True}, {}, palm, gemma):
                 yield gluon_build(kernel, size, "bf16", flags)
             yield gluon_build(kernel, size, "fp16", training)
         for block_n, pinned in itertools.product(*(knob.candidates for knob in KNOBS)):

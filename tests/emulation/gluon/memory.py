@@ -112,6 +112,12 @@ class Shared:
         """The same elements."""
         return self._view(lambda t: t.permute(order))
 
+    def slice(self, start, length, dim=0):
+        """A part along one dimension."""
+        if not 0 <= start <= start + length <= self.shape[dim]:
+            raise Fault(f"[{start}, {start + length}) of {self.shape[dim]}")
+        return self._view(lambda t: t.narrow(dim, start, length))
+
     def load(self, layout):
         """Into registers."""
         return self.data.clone()
