@@ -47,6 +47,10 @@ budget: setup ## compile every kernel for every target and compare with the comm
 gpu: ## build, test, check, tune and time with the python3 found here (no pip, no network); results under $$OUT
 	@bash tools/gpu.sh
 
+.PHONY: gpu-bars
+gpu-bars: ## time large shapes on a GPU, likewise
+	@bash tools/gpu.sh bars
+
 .PHONY: clean
 clean: ## remove what was built, keep .venv
 	@rm -rf build .cache rlhf_kernels/*.so rlhf_kernels/_build.json *.egg-info .venv/.built

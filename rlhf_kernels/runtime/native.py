@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ import torch  # the libraries need torch's own to be loaded first
 
 NAMESPACE = "rlhf_kernels_native"
 LIBRARIES = ("_C", "_C_cuda", "_host")
+LEVELS = ("base", "v3", "v4", "v4+bf16")  # of RLHF_KERNELS_ISA (csrc/common/isa.h)
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -27,6 +29,9 @@ class OutdatedError(ImportError):
 
 @cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    asked = os.environ.get("RLHF_KERNELS_ISA")
+    if asked and asked not in LEVELS:  # the library would take the best level without a word
+        return None, f"RLHF_KERNELS_ISA is {asked!r}, which is none of {', '.join(LEVELS)}"
     if name == "_C_cuda" and (reason := missing("_C")):
         return None, reason  # the schemas live there
     try:

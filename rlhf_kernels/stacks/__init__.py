@@ -15,7 +15,17 @@ from importlib import import_module
 
 from rlhf_kernels.stacks.peer import Peer, Unavailable, activate, peers_root, search_paths
 
-STACKS = ("palm_rlhf_pytorch", "trl", "verl", "openrlhf", "transformers", "torchrl", "liger", "baselines")
+STACKS = (
+    "palm_rlhf_pytorch",
+    "trl",
+    "verl",
+    "openrlhf",
+    "transformers",
+    "torchrl",
+    "liger",
+    "pytorch",
+    "baselines",
+)
 
 __all__ = ["STACKS", "Peer", "Unavailable", "activate", "peers", "peers_root", "search_paths"]
 

@@ -96,3 +96,11 @@ def test_a_build_for_this_machine_leaves_out_what_it_cannot_run(monkeypatch, fla
     monkeypatch.setattr(Path, "read_text", read)
     assert level_flags(here=True) == left_out
     assert level_flags(here=False) == []
+
+
+def test_an_unknown_instruction_set_is_refused_by_name():
+    code = "from rlhf_kernels.runtime.native import missing; print(missing('_C'), missing('_host'), sep='|')"
+    environment = os.environ | {"RLHF_KERNELS_ISA": "avx512"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    reason = "RLHF_KERNELS_ISA is 'avx512', which is none of base, v3, v4, v4+bf16"
+    assert done.stdout.strip() == f"{reason}|{reason}"

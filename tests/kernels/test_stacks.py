@@ -1,5 +1,6 @@
 """The declarations of foreign stacks: cheap to import, one reason per refusal, extraction from source."""
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import torch
 
 import rlhf_kernels
 from rlhf_kernels import stacks
+from rlhf_kernels.engine.check import Judge
+from rlhf_kernels.engine.spec import load_specs
 from rlhf_kernels.stacks import peer, source
 
 OPS = {
@@ -123,6 +126,20 @@ def test_baselines_agree(monkeypatch):
     expected = python_loop.gae(rewards, values, 0.9, 0.8)
     torch.testing.assert_close(row_loop.gae(rewards, values, 0.9, 0.8), expected, atol=1e-5, rtol=1e-5)
     assert row_loop.gae(rewards[:0], values[:0])[0].shape == (0, 33)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma", "palm_ragged", "window_both", "window_more_queries", "mask_whole_row"]
+)
+def test_flex_attention_means_the_same(monkeypatch, name):
+    """Uncompiled, and forward alone, as it also runs on a CPU."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    (flex,) = (p for p in stacks.peers("attention") if p.label == "FlexAttention")
+    spec = load_specs()["attention"]
+    case = next(case for case in spec.cases if case.name == name)
+    case = dataclasses.replace(case, options={k: v for k, v in case.options.items() if k != "return_lse"})
+    for row in Judge(spec, case, torch.float32).rows(flex.label, flex.load(), ["forward"], foreign=True):
+        assert row.status == "ok", f"{row.direction}: {row.reason}"
 
 
 LOAD_ALL = """

@@ -100,6 +100,13 @@ LINEAR_CASES = (
         checked=FIRST_AND_LAST,
     ),
     Case(
+        "mistral_8192x4096x131072",
+        {"N": 8192, "E": 4096, "V": 131072},
+        tier="large",
+        dtypes=FAST_PRODUCTS[1:],
+        checked=FIRST_AND_LAST,
+    ),
+    Case(
         "qwen_8192x4096x151936",
         {"N": 8192, "E": 4096, "V": 151936},
         tier="large",

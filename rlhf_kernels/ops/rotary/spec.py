@@ -41,6 +41,7 @@ CASES = (
     Case("left_padded_16x8x256x64", _sizes(16, 8, 256, 64), PER_ROW),
     Case("decode_64x32x1x128", _sizes(64, 32, 1, 128), PER_ROW),
     Case("long_1x32x8192x128", _sizes(1, 32, 8192, 128), tier="large"),
+    Case("many_4x32x8192x128", _sizes(4, 32, 8192, 128), tier="large", dtypes=(torch.bfloat16,)),
     Case("one_pair", _sizes(1, 1, 1, 2), tier="awkward", dtypes=ALL_DTYPES),
     Case("ragged_2x3x37x10", _sizes(2, 3, 37, 10), {"xpos": 16}, "awkward", ALL_DTYPES),
     Case("interleaved_3x1x19x6", _sizes(3, 1, 19, 6), PER_ROW | {"interleaved": True}, "awkward", ALL_DTYPES),

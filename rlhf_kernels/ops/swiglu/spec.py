@@ -30,6 +30,7 @@ CASES = (
     Case("palm_4096x2048", {"N": 4096, "F": 2048}),
     Case("wide_512x8192", {"N": 512, "F": 8192}),
     Case("llama_two_tensors_2048x5504", {"N": 2048, "F": 5504}, {"packed": False}, tier="large"),
+    Case("large_16384x8192", {"N": 16384, "F": 8192}, tier="large", dtypes=(torch.bfloat16,)),
     Case("gate_first_1024x1024", {"N": 1024, "F": 1024}, {"gate_first": True}, tier="smoke"),
     Case("one_element", {"N": 1, "F": 1}, tier="awkward", dtypes=ALL_DTYPES),
     Case("ragged_3x1031", {"N": 3, "F": 1031}, tier="awkward", dtypes=ALL_DTYPES),
