@@ -45,23 +45,33 @@ constexpr int64_t place(int64_t d) {
   return std::is_same_v<T, bf16> ? d - within + within / 2 + within % 2 * kLanes : d;
 }
 
-// How keys meet queries: 32-bit words of a key, each a float, or a pair of bfloat16 where the processor
-// multiplies them.
-template <class T, Products products>
+// How keys meet queries: 32-bit words of a key, each a float, or a pair of bfloat16, which the processor
+// multiplies, or which is taken apart once it is repeated for a vector of heads.
+template <class T, int heads, Products products>
 struct Words {
   static constexpr bool pairs = products != Products::kFloats;
-  static constexpr bool direct = pairs || std::is_same_v<T, float>;  // words as they lie in memory
-  using Word = std::conditional_t<pairs, uint32_t, float>;
+  static constexpr bool halves = !pairs && std::is_same_v<T, bf16> && heads == kLanes;
+  static constexpr bool direct = pairs || halves || std::is_same_v<T, float>;  // words as they lie in memory
+  static constexpr int elements = pairs || halves ? 2 : 1;                     // of a word
+  using Word = std::conditional_t<pairs, uint32_t, float>;                     // of a query
+  // Where element d of a query goes.
+  static constexpr int64_t place_of(int64_t d) { return halves ? d : place<T>(d); }
 };
 
-RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats& y, std::false_type) {
-  acc += x * y;
-}
+// Adds what `unit` words of a key, repeated to fill a vector, give with a query's.
+template <class Words>
+RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats* query) {
+  if constexpr (Words::halves) {
+    acc += as_floats(as_bits(x) << 16) * query[0];
+    acc += as_floats(as_bits(x) & int32_t(0xffff0000)) * query[1];
 #if RK_LANES == 16 && RK_MULTI_ISA
-RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats& y, std::true_type) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
-}
+  } else if constexpr (Words::pairs) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(query[0]));
 #endif
+  } else {
+    acc += x * query[0];
+  }
+}
 
 // `unit` words, repeated to fill a vector.
 template <int unit, int... lane>
@@ -115,13 +125,13 @@ RK_INLINE void sum_neighbours(Floats* v) {
 }
 
 // A block of n keys as words, zeros for what is missing.
-template <class T, Products products, int n>
+template <class T, class Words, int n>
 RK_OUTLINE void fetch(const T* k, int64_t stride, int rows, int64_t size, int64_t words, float* block) {
   if (rows < n || size % kChunk) __builtin_memset(block, 0, n * words * sizeof(float));
   for (int i = 0; i < rows; ++i) {
     const T* from = k + i * stride;
     float* to = block + i * words;
-    if constexpr (Words<T, products>::direct) {
+    if constexpr (Words::direct) {
       __builtin_memcpy(to, from, size * sizeof(T));
     } else {
       Floats first, second;
@@ -140,30 +150,31 @@ RK_OUTLINE void fetch(const T* k, int64_t stride, int rows, int64_t size, int64_
 template <class T, int heads, Products products>
 RK_INLINE void score(const T* k, int64_t stride, int count, int64_t size, const float* q, int64_t words,
                      float* block, float* scores) {
-  constexpr int unit = kLanes / heads, kUnits = heads < 4 ? heads : 4;
+  using Key = Words<T, heads, products>;
+  constexpr int unit = kLanes / heads, kUnits = Key::halves ? 2 : heads < 4 ? heads : 4;
+  constexpr int vectors = Key::halves ? 2 : 1;  // of a query, for one of a key
   for (int first = 0; first < count; first += kLanes) {
     const int rows = count - first < kLanes ? count - first : kLanes;
     const char* base = reinterpret_cast<const char*>(k + first * stride);
     int64_t step = stride * sizeof(T);
-    if (!Words<T, products>::direct || rows < kLanes || size % kChunk) {
-      fetch<T, products, kLanes>(k + first * stride, stride, rows, size, words, block);
+    if (!Key::direct || rows < kLanes || size % kChunk) {
+      fetch<T, Key, kLanes>(k + first * stride, stride, rows, size, words, block);
       base = reinterpret_cast<const char*>(block);
       step = words * sizeof(float);
     }
     const int64_t ahead = 4 * kLanes * stride * int64_t(sizeof(T));
     Floats acc[kLanes] = {};
     for (int64_t w = 0; w < words; w += kUnits * unit) {
-      Floats query[kUnits];
+      Floats query[kUnits * vectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kUnits; ++j) query[j] = load_lanes(q + (w + j * unit) * heads);
+      for (int j = 0; j < kUnits * vectors; ++j) query[j] = load_lanes(q + (w * vectors + j * unit) * heads);
       const char* row = base + w * sizeof(float);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
 #pragma GCC unroll 4
         for (int j = 0; j < kUnits; ++j)
-          multiply(acc[i], repeated<unit>(row + j * unit * sizeof(float)), query[j],
-                   std::bool_constant<Words<T, products>::pairs>());
-        __builtin_prefetch(row + ahead);
+          multiply<Key>(acc[i], repeated<unit>(row + j * unit * sizeof(float)), query + j * vectors);
+        if constexpr (Key::direct) __builtin_prefetch(row + ahead);
         row += step;
         asm("" : "+r"(row));  // else GCC keeps a pointer for every row, in vector registers
       }

@@ -10,10 +10,11 @@ constexpr int kTile = 128;
 constexpr int kMostKeys = kTile + kTile / 2;                   // the last tile takes a rest with it
 constexpr float kLowest = -std::numeric_limits<float>::max();  // finite: a score of -inf can be compared
 
-// Heads whose values fit the registers.
+// Heads that are taken together, and those of them whose values fit the registers.
 constexpr int most_heads(Products products) {
-  return products == Products::kTiles ? 16 : kLanes == 16 ? 8 : 4;
+  return products == Products::kTiles ? 16 : kLanes >= 8 ? 8 : 4;
 }
+constexpr int kMostValues = kLanes == 16 ? 8 : 4;
 
 // Weights are powers of two: the factor that makes an exponent of a score.
 inline float octaves_of(float scale) {
@@ -45,13 +46,14 @@ constexpr bool in_tiles(Products products, int heads) {
 // Heads from h on, in the order in which score() reads them: [words / unit][heads][unit].
 template <class T, int heads, Products products>
 RK_OUTLINE void spread_queries(const DecodeSplit<T>& in, const Scratch& own, int64_t h) {
-  using Word = typename Words<T, products>::Word;
+  using Key = Words<T, heads, products>;
+  using Word = typename Key::Word;
   constexpr int unit = in_tiles(products, heads) ? 1 : kLanes / heads;
   Word* to = reinterpret_cast<Word*>(own.q + h * own.width);
   for (int i = 0; i < heads; ++i) {
     const T* from = in.q + (h + i) * in.q_stride;
     const auto put = [&](int64_t w, Word word) { to[w / unit * unit * heads + i * unit + w % unit] = word; };
-    if constexpr (Words<T, products>::pairs) {
+    if constexpr (Key::pairs) {
       const int64_t whole = in.size / 2;
       for (int64_t w = 0; w < whole; ++w) {
         Word word;
@@ -60,7 +62,7 @@ RK_OUTLINE void spread_queries(const DecodeSplit<T>& in, const Scratch& own, int
       }
       for (int64_t w = whole; w < own.width / 2; ++w) put(w, 2 * w < in.size ? from[2 * w].bits : 0);
     } else {
-      for (int64_t d = 0; d < own.width; ++d) put(place<T>(d), d < in.size ? load(from[d]) : 0.0f);
+      for (int64_t d = 0; d < own.width; ++d) put(Key::place_of(d), d < in.size ? load(from[d]) : 0.0f);
     }
   }
 }
@@ -87,7 +89,8 @@ RK_OUTLINE void attend(const DecodeSplit<T>& in, const Scratch& own, int64_t h, 
                        float octaves, int& shaped) {
   alignas(64) float weights[kMostKeys * heads];
   alignas(64) float shrink[heads];
-  const int64_t words = Words<T, products>::pairs ? own.width / 2 : own.width;
+  using Key = Words<T, heads, products>;
+  const int64_t words = own.width / Key::elements;
   const T* k = in.k + first * in.k_stride;
   const float* q = own.q + h * own.width;
   const auto scores_become = [&](int blocks, const auto& as_weights) __attribute__((always_inline)) {
@@ -115,7 +118,7 @@ RK_OUTLINE void attend(const DecodeSplit<T>& in, const Scratch& own, int64_t h, 
   const int blocks = (count + kLanes - 1) / kLanes;
 #if RK_LANES == 16 && RK_MULTI_ISA
   // With fewer heads rounding the weights costs what it saves.
-  if constexpr (Words<T, products>::pairs && heads >= 4) {
+  if constexpr (Key::pairs && heads >= 4) {
     scores_become(blocks, weights_as_pairs);
     return each_chunk(kChunk, [&](const T* v, int64_t cols, float* acc) {
       weigh_pairs<heads>(v, in.v_stride, count, cols, weights, shrink, acc, own.width);
@@ -123,9 +126,12 @@ RK_OUTLINE void attend(const DecodeSplit<T>& in, const Scratch& own, int64_t h, 
   }
 #endif
   scores_become(blocks, weights_as_floats);
-  each_chunk(kChunk, [&](const T* v, int64_t cols, float* acc) {
-    weigh<T, heads>(v, in.v_stride, count, cols, weights, shrink, acc, own.width);
-  });
+  constexpr int some = heads < kMostValues ? heads : kMostValues;
+  for (int i = 0; i < heads; i += some)
+    each_chunk(kChunk, [&](const T* v, int64_t cols, float* acc) {
+      weigh<T, some>(v, in.v_stride, count, cols, weights + i, heads, shrink + i, acc + i * own.width,
+                     own.width);
+    });
 }
 
 // f(heads, h) for blocks of heads that a kernel is compiled for.

@@ -77,26 +77,34 @@ RK_INLINE void store_sums(const Floats (&sum)[heads][2], float* acc, int64_t wid
   }
 }
 
-// acc = shrink * acc + weights * values, for 2n elements of the heads.
+// acc = shrink * acc + weights * values, for 2n elements of the heads, whose weights for one key are `pitch`
+// from those for the next.
 template <class T, int heads>
-RK_INLINE void weigh(const T* v, int64_t stride, int count, int64_t cols, const float* weights,
+RK_INLINE void weigh(const T* v, int64_t stride, int count, int64_t cols, const float* weights, int64_t pitch,
                      const float* shrink, float* acc, int64_t width) {
   Floats sum[heads][2];
   load_sums<heads>(sum, acc, width, shrink);
-  T padded[kChunk] = {};
-  for (int s = 0; s < count; ++s) {
-    const T* from = v + s * stride;
-    if (cols < kChunk) {
-      __builtin_memcpy(padded, from, cols * sizeof(T));
-      from = padded;
-    }
-    __builtin_prefetch(v + (s + 16) * stride);
+  const auto add = [&](const T* from) __attribute__((always_inline)) {
     Floats first, second;
     load_chunk(from, first, second);
 #pragma GCC unroll 8
     for (int h = 0; h < heads; ++h) {
-      sum[h][0] += first * weights[s * heads + h];
-      sum[h][1] += second * weights[s * heads + h];
+      sum[h][0] += first * weights[h];
+      sum[h][1] += second * weights[h];
+    }
+    weights += pitch;
+  };
+  if (cols < kChunk) {
+    T padded[kChunk] = {};
+    for (int s = 0; s < count; ++s, v += stride) {
+      __builtin_memcpy(padded, v, cols * sizeof(T));
+      add(padded);
+    }
+  } else {
+    const int64_t ahead = 16 * stride;
+    for (int s = 0; s < count; ++s, v += stride) {
+      __builtin_prefetch(v + ahead);
+      add(v);
     }
   }
   store_sums<heads>(sum, acc, width);
