@@ -226,12 +226,17 @@ class Tuner:
 _KEY = ("op", "backend", "function", "device", "threads", "dtype", "class")
 
 
+def _key(entry: Mapping[str, Any]) -> list[Any]:
+    """What an entry takes the place of; a choice of backend stands for its case, whose options may matter."""
+    names = (*_KEY, "case") if entry["function"] == tuned.CHOICE else _KEY
+    return [entry[name] for name in names]
+
+
 def store(entry: Mapping[str, Any], path: Path | None = None) -> Path:
     """Merges one entry into the table as it is now, in place of one for the same op, device and shapes."""
     path = path or tuned.table_path()
     with locked(path):
-        key = [entry[name] for name in _KEY]
-        kept = [old for old in tuned.read_table(path) if [old[name] for name in _KEY] != key]
+        kept = [old for old in tuned.read_table(path) if _key(old) != _key(entry)]
         lines = [json.dumps(one) for one in [*kept, dict(entry)]]
         body = ",\n".join(f"  {line}" for line in lines)
         write_aside(path, f'{{\n "schema": {tuned.SCHEMA},\n "entries": [\n{body}\n ]\n}}\n')

@@ -142,15 +142,23 @@ def faster(
 ) -> tuple[str, ...]:
     """Those of the backends that were faster than the first choice wherever they were measured in this dtype.
 
-    `columns`: with so many, as a power of 2; None is any number, and whatever else was not measured.
+    `columns`: with so many, as a power of 2; None is any number. With options behind them, (64, "window"),
+    all that was measured with these columns must be faster, whatever its options.
     """
+    columns = columns[0] if isinstance(columns, tuple) and columns else columns
     if not isinstance(columns, int | None) or not _entries():
         return ()
     name, bits = str(dtype).removeprefix("torch."), columns and columns.bit_length()
     found = []
     for backend in backends:
-        known = classes(op, backend, CHOICE, device).get(name, {})
-        alike = [values[CHOSEN] for (_, cols), values in known.items() if bits in (None, cols)]
+        alike = [
+            entry["values"][CHOSEN]
+            for entry in _entries()
+            if (entry["op"], entry["backend"], entry["function"]) == (op, backend, CHOICE)
+            and entry["dtype"] == name
+            and bits in (None, entry["class"][1])
+            and not mismatch(entry, device)
+        ]
         found += [backend] if alike and all(alike) else []
     return tuple(found)
 

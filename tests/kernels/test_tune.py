@@ -1,5 +1,6 @@
 """Tuning: a wrong value cannot win, and what was found is read back where it applies."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -73,6 +74,13 @@ def test_a_backend_goes_first_where_it_was_measured_to_be_faster(planted_specs, 
     assert op.decide("cpu", torch.bfloat16).backend == "torch"  # which was not measured
     assert tuned.faster("planted_double", ("native",), "cpu", torch.float32, 64) == ("native",) * slow
     assert tuned.faster("planted_double", ("native",), "cpu", torch.float32, 128) == ()
+    assert (
+        tuned.faster("planted_double", ("native",), "cpu", torch.float32, (64, "bent")) == ("native",) * slow
+    )
+    other = dataclasses.replace(choice, case="another of this class", values={"chosen": 0})
+    tune.store(other.entry("cpu", torch.get_num_threads()))
+    assert tuned.faster("planted_double", ("native",), "cpu", torch.float32, 64) == ()
+    tune.store(dataclasses.replace(other, values=choice.values).entry("cpu", torch.get_num_threads()))
     monkeypatch.setattr(op.module("native"), "unsupported", lambda *_: "not these", raising=False)
     assert op.decide("cpu", torch.float32).backend == "torch"
     op._chosen.clear()
