@@ -176,7 +176,7 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reason", default="", help="why a budget loosens, for CHANGELOG.md")
     parser.add_argument(
         "--changed", action="store_true",
-        help="compile only Triton kernels whose source or compiler is not the recorded one, and a sample",
+        help="compile only GPU kernels whose source or compiler is not the recorded one, and a sample",
     )  # fmt: skip
     parser.add_argument("--budgets", type=Path, metavar="DIR", help="of kernels of your own: their budgets")
     parser.add_argument("--changelog", type=Path, metavar="FILE", help="where a reason goes")

@@ -27,25 +27,30 @@ step() { # name, needs a GPU (0|1), seconds, command...
     return
   fi
   echo "== $name"
-  if ! timeout "$limit" "$@"; then failed+=("$name"); echo "== $name FAILED"; fi
+  if ! timeout -k 10 "$limit" bash -c '"$@"' - "$@"; then failed+=("$name"); echo "== $name FAILED"; fi
   echo "== $name: $((SECONDS - start)) s"
 }
 
 device=cpu
 [ "$cuda" = 1 ] && device=cuda
 kernels="$PYTHON -m rlhf_kernels"
-tests="'$PYTHON' -m pytest -q tests/kernels/test_gpu.py"
+export PYTHON OUT
+tests() { # file for the output, arguments of pytest
+  set -o pipefail
+  "$PYTHON" -m pytest -q tests/kernels/test_gpu.py "${@:2}" 2>&1 | tee "$OUT/$1.txt" | tail -n 25
+}
+export -f tests
 
 all() {
   step doctor 0 60 $kernels doctor
   # Gluon's kernels wait for each other by barriers, and a mistake in one is a wait without end: they run apart and first.
-  step gluon 1 90 sh -c "$tests -n 2 -k gluon 2>&1 | tee '$OUT/gluon.txt' | tail -n 25; ! grep -q ' failed' '$OUT/gluon.txt'"
+  step gluon 1 90 tests gluon -n 2 -k gluon
   local tuned=() timed=()
   if [[ " ${failed[*]} " == *" gluon "* ]]; then
     echo "Gluon's kernels failed: nothing below runs them"
     tuned=(--backend native,triton) timed=(--without gluon)
   fi
-  step tests 1 200 sh -c "$tests -n 6 -k 'not gluon' 2>&1 | tee '$OUT/tests.txt' | tail -n 25"
+  step tests 1 200 tests tests -n 6 -k "not gluon"
   step check 0 120 $kernels check --device $device --tier smoke --out "$OUT/check.jsonl" --quiet
   step tune 1 160 $kernels tune --device $device --out "$OUT/tune.jsonl" --quiet "${tuned[@]}"
   step bench 1 150 $kernels bench --device $device --tier typical --seconds 0.3 --out "$OUT/bench.jsonl" "${timed[@]}"

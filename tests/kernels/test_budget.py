@@ -134,6 +134,40 @@ def test_planted_spill_of_a_cuda_kernel_is_found(tmp_path):
     assert 'identifier "one" is undefined' in broken.reason
 
 
+def test_a_cuda_file_as_it_was_recorded_is_not_compiled_again(monkeypatch):
+    _needs("cuda")
+    compiled = []
+
+    def record(source, include=CSRC, targets=cuda.CUDA_TARGETS):
+        compiled.append((source.parent.name, len(targets)))
+        return []
+
+    monkeypatch.setattr(cuda, "measure_source", record)
+    rows = budget.run(kinds=["cuda"], changed=True)
+    assert compiled == [("advantage", 1)], "the shortest, for one target"
+    assert all(row["recorded"] and row["status"] == "ok" for row in rows)
+    assert {row["device"] for row in rows} == set(cuda.TARGETS)
+    compiled.clear()
+    (wanted,) = cuda.sources(["advantage"])
+    monkeypatch.setattr(cuda, "_included", lambda source, include: [] if source == wanted else [source])
+    budget.run(kinds=["cuda"], changed=True)
+    assert sorted(compiled) == [("advantage", 3), ("normalize", 3)]
+    compiled.clear()
+    budget.run(kinds=["cuda"])
+    assert sorted(compiled) == [("advantage", 3), ("normalize", 3)]
+
+
+def test_a_cuda_file_is_named_by_what_it_includes(tmp_path):
+    (tmp_path / "room").mkdir()
+    (tmp_path / "common").mkdir()
+    source, header = tmp_path / "room" / "cuda.cu", tmp_path / "common" / "a.cuh"
+    source.write_text('#include "common/a.cuh"\n#include <cstdint>\n')
+    header.write_text('  #include "common/b.h"\n#include "not/ours.h"\n')
+    (tmp_path / "common" / "b.h").write_text('#include "common/a.cuh"\n')
+    (tmp_path / "common" / "c.h").write_text("")
+    assert [path.name for path in cuda._included(source, tmp_path)] == ["a.cuh", "b.h", "cuda.cu"]
+
+
 def test_cuda_names_are_stable():
     name = "void rk::cuda::(anonymous namespace)::gae_kernel<rk::bf16, 4, true>(rk::bf16 const*, float*)"
     assert cuda.stable_name(name) == "gae_kernel<bf16,4,true>"

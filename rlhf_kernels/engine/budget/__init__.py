@@ -19,7 +19,7 @@ from typing import Any
 
 from rlhf_kernels.engine.budget import callgrind, cuda, triton_kernels
 from rlhf_kernels.engine.budget.ledger import DIRECTORY, EXACT, MOST, Ledger, excess, note_in_changelog
-from rlhf_kernels.engine.budget.measured import CSRC, ROOT, Measured
+from rlhf_kernels.engine.budget.measured import CSRC, ROOT, Measured, Recorded, owner
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.select import known, select_ops
 from rlhf_kernels.engine.spec import TARGETS as GPU_TARGETS
@@ -53,8 +53,9 @@ def run(
         package: where the specs are.
         directory: where the budgets are; of one's own specs, `budgets/` beside them, where none is given.
         changelog: where a reason goes; CHANGELOG.md beside one's own specs.
-        changed: compile only the Triton kernels whose source, declaration or compiler is another than when
-            their figures were recorded, and the first kernel of every op and target whatever its source.
+        changed: compile only the GPU kernels whose source, declaration or compiler is another than when
+            their figures were recorded, and a sample whatever its source: the first Triton kernel of every op
+            and target, and the shortest CUDA file for one target.
 
     Returns:
         One row a kernel, configuration and target: op, impl, case, device, status, reason, the figures with
@@ -132,20 +133,20 @@ def stored(row: Mapping[str, Any]) -> Row:
     )  # fmt: skip
 
 
-def _recorded(ledgers: Iterable[Ledger]) -> dict[str, Mapping[str, int]]:
-    """Digest -> figures of what need not be compiled again: not of the first of every op and target."""
-    found: dict[str, Mapping[str, int]] = {}
+def _recorded(ledgers: Iterable[Ledger]) -> Recorded:
+    """What need not be compiled again: all but the first Triton kernel of every op and target."""
+    found: dict[str, dict[str, Mapping[str, int]]] = {}
     for ledger in ledgers:
         first: dict[tuple[str, str], str] = {}
         for key in sorted(ledger.sources):
-            one = _owner(key)
-            if first.setdefault((one.op, one.target), key) != key:
-                found[ledger.sources[key]] = ledger.budgets[key]
+            one = owner(key)
+            if one.kind != "triton" or first.setdefault((one.op, one.target), key) != key:
+                found.setdefault(ledger.sources[key], {})[key] = ledger.budgets[key]
     return found
 
 
 def _measure(
-    kind: str, specs: list[OpSpec], targets: list[str], package: str, recorded: Mapping[str, Any]
+    kind: str, specs: list[OpSpec], targets: list[str], package: str, recorded: Recorded
 ) -> list[Measured]:
     """Every kernel of a kind; where that is impossible, one row an op (or family) that says why."""
     status, why = "unavailable", KINDS[kind].missing()
@@ -164,20 +165,12 @@ def _gone(
     """Budgets that no kernel answers to any more, among what was asked for and could be measured."""
     keys = {one.key for one in measured}
     failed = {(one.kind, one.op) for one in measured if one.target == "all"}
-    owners = {key: _owner(key) for key in ledger.budgets if key not in keys}
+    owners = {key: owner(key) for key in ledger.budgets if key not in keys}
     return [
         key
         for key, one in owners.items()
         if one.op in ops and one.target in targets and one.kind in tools and (one.kind, one.op) not in failed
     ]
-
-
-def _owner(key: str) -> Measured:
-    """The kernel that a budget's name speaks of."""
-    op, _, rest = key.partition("/")
-    name, _, target = rest.rpartition("/")
-    kind = name.partition("/")[0]
-    return Measured("", op, kind if kind in ("cuda", "host") else "triton", name, target)
 
 
 def _update(ledger: Ledger, measured: list[Measured], gone: list[str], tools: dict[str, str]) -> list[str]:
@@ -187,7 +180,7 @@ def _update(ledger: Ledger, measured: list[Measured], gone: list[str], tools: di
     own_tools = {one.kind: tools[one.kind] for one in fit}
     for kind, tool in own_tools.items():
         recorded = ledger.tools.get(kind, tool)
-        if recorded != tool and any(_owner(key).kind == kind for key in kept):
+        if recorded != tool and any(owner(key).kind == kind for key in kept):
             raise ValueError(
                 f"{ledger.path.name} was recorded with {recorded}, this is {tool}: "
                 f"update all its {kind} kernels at once, without naming ops or targets"
@@ -212,7 +205,7 @@ def _row(one: Measured, ledger: Ledger, tools: dict[str, str]) -> dict[str, Any]
 
 def _gone_row(key: str, ledger: Ledger) -> dict[str, Any]:
     why = f"budgeted in {ledger.path.name}, but no longer declared: drop it with --update and a --reason"
-    return _named(_owner(key), "incorrect", why) | {"budget": ledger.budgets[key]}
+    return _named(owner(key), "incorrect", why) | {"budget": ledger.budgets[key]}
 
 
 def _named(one: Measured, status: str, why: str) -> dict[str, Any]:

@@ -51,6 +51,18 @@ class Measured:
         return f"{self.op}/{self.name}/{self.target}"
 
 
+# Digest of a source -> the name of a budget -> the figures recorded of that source.
+Recorded = Mapping[str, Mapping[str, Mapping[str, int]]]
+
+
+def owner(key: str) -> Measured:
+    """The kernel that a budget's name speaks of."""
+    op, _, rest = key.partition("/")
+    name, _, target = rest.rpartition("/")
+    kind = name.partition("/")[0]
+    return Measured("", op, kind if kind in ("cuda", "host") else "triton", name, target)
+
+
 def digest(*parts: Any) -> str:
     """A name for what an answer depends on: strings, numbers, paths (their content), bytes."""
     found = hashlib.sha256()

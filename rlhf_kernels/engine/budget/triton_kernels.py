@@ -8,12 +8,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rlhf_kernels.engine.budget import machine
-from rlhf_kernels.engine.budget.measured import Measured
+from rlhf_kernels.engine.budget.measured import Measured, Recorded
 from rlhf_kernels.engine.spec import TARGETS, OpSpec
 
 
@@ -37,11 +37,11 @@ def tool() -> str:
 
 
 def measure(
-    specs: Sequence[OpSpec], targets: Sequence[str], package: str, recorded: Mapping[str, Any]
+    specs: Sequence[OpSpec], targets: Sequence[str], package: str, recorded: Recorded
 ) -> Iterator[Measured]:
     """Every kernel of these specs for those of the targets that Triton serves.
 
-    A kernel whose source is among the recorded (digest -> figures) has those figures and is not compiled.
+    A kernel whose source is among the recorded has those figures and is not compiled.
     """
     workers = max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
     request = {"package": package, "ops": [spec.name for spec in specs], "targets": list(targets)}

@@ -22,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from rlhf_kernels.ops.attention.gluon_tiles import (
+    AT_CAP,
+    AT_MASK,
     BLOCK_M,
     CONSUMERS,
     ROWS,
@@ -71,7 +73,7 @@ def _softmax(
 ):  # fmt: skip
     """Takes a tile of scores in: its weights, the new state, and the factor by which what was shrinks."""
     T, S, window, scale, cap = sizes
-    if FLAGS[3]:
+    if FLAGS[AT_CAP]:
         scores = tanh(scores * scale)
         scale = cap
     if MASKED:
@@ -128,7 +130,7 @@ def _step(
     acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
     mbarrier.arrive(v_empty.index(before))
     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUT))[:, None]
-    if MASKED and FLAGS[1]:
+    if MASKED and FLAGS[AT_MASK]:
         wait_cleared(i, v_smem, v_full, v_clear, key_mask, first_key, sizes[1], INDEX, D, BLOCK_N, STAGES)
     return acc, operand(next_weights, v_smem.dtype, OUT), top, total
 
@@ -167,7 +169,7 @@ def _consume(
     weights, top, total, _ = _softmax(
         scores, top, total, queries, key_mask, first_key, sizes, FLAGS, True, BLOCK_N, SCORES
     )
-    if FLAGS[1]:
+    if FLAGS[AT_MASK]:
         wait_cleared(0, v_smem, v_full, v_clear, key_mask, first_key, S, INDEX, D, BLOCK_N, STAGES)
     weights = operand(weights, v_smem.dtype, OUT)
     n_masked = tiles[3]

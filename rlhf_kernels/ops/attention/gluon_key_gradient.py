@@ -18,7 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from rlhf_kernels.ops.attention.gluon_tiles import store_turned_back
+from rlhf_kernels.ops.attention.gluon_tiles import (
+    AT_CAP,
+    AT_CAUSAL,
+    AT_MASK,
+    AT_WINDOW,
+    store_turned_back,
+)
 from rlhf_kernels.ops.attention.triton_tiles import (
     masked_tile,
     seen,
@@ -92,23 +98,24 @@ def _step(
     mbarrier.wait(do_full.index(slot), phase)
     do_tile = do_smem.index(slot).reshape([QUERIES, D])
     # The cap and heads of 128 together leave no registers for both products at once.
-    APART: gl.constexpr = FLAGS[2] and D == 128
+    APART: gl.constexpr = FLAGS[AT_CAP] and D == 128
     if not APART:
         dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     # Behind the last query shift is infinity, and the weights 0.
     shift_tile = gl.load(shift + row + lanes)
 
     scores = warpgroup_mma_wait(0 if APART else 1, deps=(scores,))
-    if FLAGS[2]:
+    if FLAGS[AT_CAP]:
         scores = tanh(scores * scale)
         weights = gl.exp2(scores * cap - shift_tile[None, :])
     else:
         weights = gl.exp2(scores * scale - shift_tile[None, :])
-    if MASKED and (FLAGS[0] or FLAGS[1]):
-        see = seen(keys[:, None], (lanes + S - T)[None, :], window, None, FLAGS[0], FLAGS[1])
+    if MASKED and (FLAGS[AT_CAUSAL] or FLAGS[AT_WINDOW]):
+        places = (lanes + S - T)[None, :]
+        see = seen(keys[:, None], places, window, None, FLAGS[AT_CAUSAL], FLAGS[AT_WINDOW])
         weights = gl.where(see, weights, 0.0)
     left = gl.convert_layout(weights.to(q_smem.dtype), gl.DotOperandLayout(0, OUT, 2))
-    if FLAGS[2]:
+    if FLAGS[AT_CAP]:
         weights = weights * (1.0 - scores * scores)
     if APART:
         dp = warpgroup_mma(v_tile, do_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -127,7 +134,7 @@ def _step(
 @gluon.jit
 def _consume(
     dk_desc, dv_desc, key_mask, tables, shift, delta, memory, barriers, tiles, n, place, sizes,
-    FLAGS: gl.constexpr, HAS_MASK: gl.constexpr, ROTARY: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    FLAGS: gl.constexpr, ROTARY: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The consumer: dK and dV of 128 keys; `shift` and `delta` are those of the group's first head."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, QUERIES, 16])
@@ -155,7 +162,7 @@ def _consume(
         )  # fmt: skip
 
     dk = dk * scale
-    if HAS_MASK:
+    if FLAGS[AT_MASK]:
         rows = first_key + gl.arange(0, KEYS, layout=gl.SliceLayout(1, OUT))
         keep = (gl.load(key_mask + rows, mask=rows < S, other=0) != 0)[:, None]
         dk = gl.where(keep, dk, 0.0)
@@ -214,11 +221,11 @@ def key_gradient_kernel(
     place = (batch, group, group * group_size, first_key)
     tables = (k_cos, k_sin, stride_kcb)
     sizes = (T, S, window, row_pitch, scale, scale_log2, cap)
-    FLAGS: gl.constexpr = (CAUSAL, HAS_WINDOW, HAS_CAP)
+    FLAGS: gl.constexpr = (CAUSAL, HAS_MASK, HAS_WINDOW, HAS_CAP)
     gl.warp_specialize(
         [
             (_consume, (dk_desc, dv_desc, key_mask, tables, shift, delta, memory, barriers, tiles, n,
-                        place, sizes, FLAGS, HAS_MASK, ROTARY, D, STAGES)),
+                        place, sizes, FLAGS, ROTARY, D, STAGES)),
             (_produce, (k_desc, v_desc, q_desc, do_desc, memory, barriers, tiles, n, place, STAGES)),
         ],
         [1],

@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from rlhf_kernels.ops.attention.gluon_tiles import (
+    AT_CAP,
+    AT_MASK,
     BLOCK_M,
     CONSUMERS,
     ROWS,
@@ -72,7 +74,7 @@ def _step(
     slot = i % STAGES
     phase = (i // STAGES) & 1
     first_key = key_tile(i, tiles) * BLOCK_N
-    if MASKED and FLAGS[1]:
+    if MASKED and FLAGS[AT_MASK]:
         wait_cleared(i, k_smem, k_full, k_clear, key_mask, first_key, S, INDEX, D, BLOCK_N, STAGES)
     else:
         mbarrier.wait(k_full.index(slot), phase)
@@ -83,7 +85,7 @@ def _step(
     v_tile = v_smem.index(slot).reshape([BLOCK_N, D])
     dp = warpgroup_mma(do_tile, v_tile.permute((1, 0)), zero, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
-    if FLAGS[3]:
+    if FLAGS[AT_CAP]:
         bent = tanh(scores * scale)
         slope = gl.exp2(bent * cap - shift[:, None]) * (1.0 - bent * bent)
     else:

@@ -12,6 +12,8 @@ WARPS = gl.constexpr(4)  # of a warpgroup
 ROWS = gl.constexpr(64)  # queries of a consumer: what one wgmma holds
 CONSUMERS = gl.constexpr(2)
 BLOCK_M = gl.constexpr(128)
+# Where a kernel's flags stand in the tuple that is handed on.
+AT_CAUSAL, AT_MASK, AT_WINDOW, AT_CAP = (gl.constexpr(i) for i in range(4))
 
 
 @gluon.jit
@@ -57,9 +59,10 @@ def seen_keys(
     """Which keys of a tile the queries see."""
     keys = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
     keep = keys < S
-    if FLAGS[1]:
+    if FLAGS[AT_MASK]:
         keep = gl.load(key_mask + keys, mask=keep, other=0) != 0
-    return seen(keys[None, :], (queries + offset)[:, None], window, keep[None, :], FLAGS[0], FLAGS[2])
+    places = (queries + offset)[:, None]
+    return seen(keys[None, :], places, window, keep[None, :], FLAGS[AT_CAUSAL], FLAGS[AT_WINDOW])
 
 
 @gluon.jit
