@@ -45,7 +45,7 @@ def measure(
     """
     workers = max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
     request = {"package": package, "ops": [spec.name for spec in specs], "targets": list(targets)}
-    request["recorded"] = dict(recorded)
+    request["recorded"] = {source: next(iter(budgets.values())) for source, budgets in recorded.items()}
     if not set(targets) & set(TARGETS):
         return
     with ThreadPoolExecutor(workers) as pool:

@@ -13,13 +13,13 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_kernels.engine.budget import machine
-from rlhf_kernels.engine.budget.measured import Measured, Recorded, digest, recall, remember
+from rlhf_kernels.engine.budget.measured import Measured, digest, recall, remember
 from rlhf_kernels.engine.spec import KernelBuild, OpSpec, load_specs
 
 
@@ -100,7 +100,7 @@ def _builds(request: dict[str, Any]) -> Iterator[tuple[OpSpec, KernelBuild]]:
                     yield spec, build
 
 
-def compile_one(one: Measured, build: KernelBuild, recorded: Recorded) -> Compiled:
+def compile_one(one: Measured, build: KernelBuild, recorded: Mapping[str, Mapping[str, Any]]) -> Compiled:
     """Asks what is recorded of this source, then the cache, then the compiler."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -111,8 +111,7 @@ def compile_one(one: Measured, build: KernelBuild, recorded: Recorded) -> Compil
     key = digest(source.hash(), build.target, options, triton.__version__, *readers)
     one = dataclasses.replace(one, source=key[:16])
     if key[:16] in recorded:
-        figures = recorded[key[:16]].get(one.key) or next(iter(recorded[key[:16]].values()))
-        return Compiled(one, build, key, {"figures": figures, "notes": {"recorded": True}})
+        return Compiled(one, build, key, {"figures": recorded[key[:16]], "notes": {"recorded": True}})
     found = Compiled(one, build, key, recall(key))
     if found.answer is None:
         amd = build.target.startswith("gfx")
