@@ -158,7 +158,7 @@ def test_a_library_older_than_the_source_says_so():
     assert error.count("FallbackWarning: swiglu on cpu runs on the torch backend") == 1
 
 
-def test_import_needs_torch_alone_and_is_quick(tmp_path):
+def test_import_needs_torch_alone_and_is_quick():
     code = """
 import sys, time
 import torch
@@ -169,8 +169,8 @@ took = time.process_time() - start
 new = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 print(round(took * 1e3, 1), round(start * 1e3), sorted(name for name in new if not name.startswith('_') ))
 """
-    cached = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}  # as in an installation
-    runs = [_python(code, **cached)[1] for _ in range(5)]
+    cached = {"PYTHONDONTWRITEBYTECODE": ""}  # as in an installation
+    runs = [_python(code, **cached)[1] for _ in range(3)]
     assert all("['rlhf_kernels']" in run for run in runs), runs
     took, of_torch = (min(float(run.split()[i]) for run in runs) for i in (0, 1))
     assert took < max(50, 0.04 * of_torch), "milliseconds: 50 where torch takes 1250"

@@ -15,7 +15,7 @@ EVERY_BIT_PATTERN = numpy.arange(1 << 16, dtype=numpy.uint16)
 
 def test_exp_is_right_to_an_ulp():
     """From where it leaves zero to where it overflows: 7.6e-8 with fused multiply-adds, 9.8e-8 without."""
-    x = numpy.unique(numpy.linspace(-86.98, 88.72, 3_000_001).astype(numpy.float32))
+    x = numpy.unique(numpy.linspace(-86.98, 88.72, 1_000_001).astype(numpy.float32))
     error = numpy.abs(host().exp(x) / numpy.exp(x.astype(numpy.float64)) - 1)
     assert error.max() < 1e-7
     assert error.mean() < 3e-8
@@ -33,7 +33,7 @@ def test_exp_of_any_nan_is_nan():
 
 
 def test_exp2_is_right_to_three_halves_of_an_ulp():
-    x = numpy.unique(numpy.linspace(-126, 127, 3_000_001).astype(numpy.float32))
+    x = numpy.unique(numpy.linspace(-126, 127, 1_000_001).astype(numpy.float32))
     error = numpy.abs(host().exp2(x) / numpy.exp2(x.astype(numpy.float64)) - 1)
     assert error.max() < 1.6e-7
     assert error.mean() < 4e-8
