@@ -147,10 +147,19 @@ RK_OUTLINE void fetch(const T* k, int64_t stride, int rows, int64_t size, int64_
   }
 }
 
-// scores[s][heads] of a tile, not scaled, in blocks of n keys; keys that the last block lacks get -inf.
+// Asks for rows that are wanted soon, into the second-level cache.
+template <class T>
+RK_INLINE void ask_for(const T* rows, int64_t stride, int count, int64_t size) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int i = 0; i < count; ++i, rows += stride)
+    for (int64_t d = 0; d < size; d += line) __builtin_prefetch(rows + d, 0, 2);
+}
+
+// scores[s][heads] of a tile, not scaled, in blocks of n keys; keys that the last block lacks get -inf. With
+// AVX2 the values of these keys are asked for on the way.
 template <class T, int heads, Products products>
 RK_INLINE void score(const T* k, int64_t stride, int count, int64_t size, const float* q, int64_t words,
-                     float* block, float* scores) {
+                     float* block, float* scores, const T* v, int64_t v_stride) {
   using Key = Words<T, heads, products>;
   constexpr int unit = kLanes / heads, kUnits = Key::halves ? 2 : heads < 4 ? heads : 4;
   constexpr int vectors = Key::halves ? 2 : 1;  // of a query, for one of a key
@@ -164,6 +173,7 @@ RK_INLINE void score(const T* k, int64_t stride, int count, int64_t size, const 
       step = words * sizeof(float);
     }
     const int64_t ahead = 4 * kLanes * stride * int64_t(sizeof(T));
+    if constexpr (kLanes == 8) ask_for(v + first * v_stride, v_stride, rows, size);
     Floats acc[kLanes] = {};
     for (int64_t w = 0; w < words; w += kUnits * unit) {
       Floats query[kUnits * vectors];

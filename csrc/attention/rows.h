@@ -114,7 +114,8 @@ RK_OUTLINE void attend(const DecodeSplit<T>& in, const Scratch& own, int64_t h, 
     });
   }
 #endif
-  score<T, heads, products>(k, in.k_stride, count, in.size, q, words, own.block, weights);
+  score<T, heads, products>(k, in.k_stride, count, in.size, q, words, own.block, weights,
+                            in.v + first * in.v_stride, in.v_stride);
   const int blocks = (count + kLanes - 1) / kLanes;
 #if RK_LANES == 16 && RK_MULTI_ISA
   // With fewer heads rounding the weights costs what it saves.
