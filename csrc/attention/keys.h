@@ -59,6 +59,12 @@ struct Words {
   static constexpr int64_t place_of(int64_t d) { return halves ? d : place<T>(d); }
 };
 
+#if RK_LANES == 16 && RK_MULTI_ISA
+RK_INLINE void multiply_pairs(Floats& acc, const Floats& x, const Floats& y) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
+}
+#endif
+
 // Adds what `unit` words of a key, repeated to fill a vector, give with a query's.
 template <class Words>
 RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats* query) {
@@ -67,7 +73,7 @@ RK_INLINE void multiply(Floats& acc, const Floats& x, const Floats* query) {
     acc += as_floats(as_bits(x) & int32_t(0xffff0000)) * query[1];
 #if RK_LANES == 16 && RK_MULTI_ISA
   } else if constexpr (Words::pairs) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(query[0]));
+    multiply_pairs(acc, x, query[0]);
 #endif
   } else {
     acc += x * query[0];

@@ -79,8 +79,8 @@ RK_INLINE void weigh_pairs(const bf16* v, int64_t stride, int count, int64_t col
 #pragma GCC unroll 8
       for (int h = 0; h < heads; ++h) {
         const Floats weight = repeated<1>(weights + h);
-        multiply(sum[h][0], __builtin_bit_cast(Floats, evens), weight, std::true_type());
-        multiply(sum[h][1], __builtin_bit_cast(Floats, odds), weight, std::true_type());
+        multiply_pairs(sum[h][0], __builtin_bit_cast(Floats, evens), weight);
+        multiply_pairs(sum[h][1], __builtin_bit_cast(Floats, odds), weight);
       }
     }
   }

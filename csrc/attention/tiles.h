@@ -53,7 +53,8 @@ RK_INLINE void score_tiles(const bf16* k, int64_t stride, int count, int64_t siz
     const char* row = reinterpret_cast<const char*>(k + first * stride);
     int64_t step = stride * sizeof(bf16);
     if (rows < kStep || size % kChunk) {
-      fetch<bf16, Products::kTiles, kStep>(k + first * stride, stride, rows, size, words, block);
+      fetch<bf16, Words<bf16, heads, Products::kTiles>, kStep>(k + first * stride, stride, rows, size, words,
+                                                               block);
       row = reinterpret_cast<const char*>(block);
       step = words * sizeof(float);
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_kernels._build_flags import level_flags
+from rlhf_kernels._build_flags import CXX_FLAGS, STABLE_ABI, level_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,3 +104,25 @@ def test_an_unknown_instruction_set_is_refused_by_name():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     reason = "RLHF_KERNELS_ISA is 'avx512', which is none of base, v3, v4, v4+bf16"
     assert done.stdout.strip() == f"{reason}|{reason}"
+
+
+@pytest.mark.skipif(not level_flags(here=True), reason="AVX-512 is built here")
+@pytest.mark.parametrize("family", ["advantage", "attention"])
+def test_avx512_code_compiles_where_it_is_left_out(family):
+    """The families with code for 16 lanes alone; `make setup` leaves it out on a processor without."""
+    if shutil.which("g++") is None or sys.platform != "linux":
+        pytest.skip("no g++: the AVX-512 code was not compiled")
+    torch = Path(sysconfig.get_path("platlib")) / "torch" / "include"
+    includes = [sysconfig.get_path("include"), torch, torch / "torch" / "csrc" / "api" / "include"]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-fsyntax-only",
+        *CXX_FLAGS,
+        STABLE_ABI,
+        "-DRK_MODULE=_C",
+        f"-I{ROOT / 'csrc'}",
+    ]
+    command += [f"-isystem{folder}" for folder in includes]
+    done = subprocess.run([*command, ROOT / "csrc" / family / "ops.cpp"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
