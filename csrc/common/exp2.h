@@ -14,7 +14,7 @@ RK_INLINE mask_t<float> roots_without_steps(std::integer_sequence<int, step...>)
 }
 #endif
 
-// For x in [-127, 127]: relative error below 1.6e-7 (exp2_within(): 1e-7), exact for whole numbers, 0 at
+// For x in [-127, 127]: relative error below 1.7e-7 (exp2_within(): 1e-7), exact for whole numbers, 0 at
 // -127, NaN stays NaN. Below -126 the result is one of the smallest numbers, not always the nearest.
 //
 // x is rounded to a step of the octave, whose power is looked up, so that a short polynomial does for the

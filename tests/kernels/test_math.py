@@ -35,7 +35,7 @@ def test_exp_of_any_nan_is_nan():
 def test_exp2_is_right_to_three_halves_of_an_ulp():
     x = numpy.unique(numpy.linspace(-126, 127, 1_000_001).astype(numpy.float32))
     error = numpy.abs(host().exp2(x) / numpy.exp2(x.astype(numpy.float64)) - 1)
-    assert error.max() < 1.6e-7
+    assert error.max() < 1.7e-7
     assert error.mean() < 4e-8
 
 
