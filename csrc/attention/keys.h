@@ -3,7 +3,6 @@
 // The lanes of a vector are the heads, or the heads times a few elements of a key that are summed at the end:
 // a key is repeated for the heads as it is loaded, and nothing is transposed.
 #include "common/lanes.h"
-#include "common/exp2.h"
 
 constexpr int kChunk = 2 * kLanes;  // elements of a head that are taken at a time
 

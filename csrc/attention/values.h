@@ -6,8 +6,7 @@ inline float weight_of(float octaves) {
   return exp2_within(octaves < -127.0f ? -127.0f : octaves);
 }
 RK_INLINE Floats weights_of(const Floats& octaves) {
-  const Floats lowest = Floats{} - 127.0f;
-  return exp2_lanes(octaves < lowest ? lowest : octaves);
+  return each_lane<float>(octaves, [](float x) { return weight_of(x); });
 }
 
 // Scores become weights in place; their sum by lanes. A score's distance from the highest times `octaves` is

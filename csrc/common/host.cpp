@@ -14,12 +14,6 @@ FloatArray exp_fast(const FloatArray& x) {
   return out;
 }
 
-FloatArray exp2(const FloatArray& x) {
-  FloatArray out(shape(x));
-  RK_PICK(exp2_row)(x.data(), out.mutable_data(), x.size());
-  return out;
-}
-
 template <class T>
 FloatArray from_bits(const BitsArray& bits) {
   FloatArray out(shape(bits));
@@ -36,7 +30,6 @@ BitsArray to_bits(const FloatArray& x) {
 
 const Binding binding([](py::module_& m) {
   m.def("exp", &exp_fast, py::arg("x"), "The exp of the row kernels, elementwise, float32.");
-  m.def("exp2", &exp2, py::arg("x"), "2^x of the row kernels for x in [-127, 127], elementwise, float32.");
   m.def("from_bfloat16", &from_bits<bf16>, py::arg("bits"), "bfloat16 bits as float32.");
   m.def("to_bfloat16", &to_bits<bf16>, py::arg("x"), "float32 rounded to bfloat16, as bits.");
   m.def("from_float16", &from_bits<fp16>, py::arg("bits"), "float16 bits as float32.");

@@ -3,7 +3,6 @@
 
 #include "common/exponents.h"
 #include "common/lanes.h"
-#include "common/exp2.h"
 
 // sum exp(t), sum t exp(t) and the largest t.
 struct SoftmaxSums {
@@ -29,14 +28,6 @@ template <class A>
 RK_INLINE vec_t<A> exp_of(const vec_t<A>& t) {
   return each_lane<A>(t, [](A x) { return Exponents<A>::exp(x); });
 }
-// What is summed: the faster form with half an ulp more.
-template <class A>
-RK_INLINE vec_t<A> summed_exp_of(const vec_t<A>& t) {
-  if constexpr (sizeof(A) == 4)
-    return exp2_lanes(t);
-  else
-    return exp_of<A>(t);
-}
 
 template <class T, class A = acc_t<T>>
 RK_INLINE SoftmaxSums sums_of(const T* x, int64_t n, A start, A factor) {
@@ -48,7 +39,7 @@ RK_INLINE SoftmaxSums sums_of(const T* x, int64_t n, A start, A factor) {
     Vec t = (logits - start) * factor;
     largest = largest < t ? t : largest;
     t = t < lowest ? lowest : t;
-    const Vec p = summed_exp_of<A>(t);
+    const Vec p = exp_of<A>(t);
     total += p;
     moment += t * p;
   };
