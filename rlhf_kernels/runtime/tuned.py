@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -129,12 +129,17 @@ def mismatch(entry: Mapping[str, Any], device: str) -> str | None:
 def classes(op: str, backend: str, function: str, device: str) -> dict[str, Classes]:
     """What the table says of a function here: dtype -> class of shapes -> values."""
     found: dict[str, Classes] = {}
-    for entry in _entries():
-        if (entry["op"], entry["backend"], entry["function"]) == (op, backend, function) and not mismatch(
-            entry, device
-        ):
-            found.setdefault(entry["dtype"], {})[tuple(entry["class"])] = entry["values"]
+    for entry in _usable(op, backend, function, device):
+        found.setdefault(entry["dtype"], {})[tuple(entry["class"])] = entry["values"]
     return found
+
+
+def _usable(op: str, backend: str, function: str, device: str) -> Iterator[dict[str, Any]]:
+    """The entries for a function that hold here."""
+    for entry in _entries():
+        named = (entry["op"], entry["backend"], entry["function"])
+        if named == (op, backend, function) and not mismatch(entry, device):
+            yield entry
 
 
 def faster(
@@ -153,11 +158,8 @@ def faster(
     for backend in backends:
         alike = [
             entry["values"][CHOSEN]
-            for entry in _entries()
-            if (entry["op"], entry["backend"], entry["function"]) == (op, backend, CHOICE)
-            and entry["dtype"] == name
-            and bits in (None, entry["class"][1])
-            and not mismatch(entry, device)
+            for entry in _usable(op, backend, CHOICE, device)
+            if entry["dtype"] == name and bits in (None, entry["class"][1])
         ]
         found += [backend] if alike and all(alike) else []
     return tuple(found)

@@ -80,12 +80,13 @@ def measure(
     shortest = min(files, key=lambda path: path.stat().st_size, default=None)
 
     def measured(source: Path) -> list[Measured]:
-        known = recorded.get(source_digest(source), {})
+        name = source_digest(source)
+        known = recorded.get(name, {})
         if not known:
             return measure_source(source)
         sample = measure_source(source, targets=asked[:1]) if source == shortest else []
         compiled = {one.key for one in sample}
-        return sample + [_recorded(source, key, known[key]) for key in known if key not in compiled]
+        return sample + [_recorded(source, name, key, known[key]) for key in known if key not in compiled]
 
     if not asked:
         return
@@ -94,9 +95,9 @@ def measure(
             yield from (one for one in found if one.target in targets or one.status == "error")
 
 
-def _recorded(source: Path, key: str, figures: Mapping[str, int]) -> Measured:
-    one = replace(owner(key), family=source.parent.name, figures=figures, notes={"recorded": True})
-    return replace(one, source=source_digest(source))
+def _recorded(source: Path, name: str, key: str, figures: Mapping[str, int]) -> Measured:
+    notes = {"recorded": True}
+    return replace(owner(key), family=source.parent.name, figures=figures, notes=notes, source=name)
 
 
 def source_digest(source: Path, include: Path = CSRC) -> str:
@@ -131,7 +132,8 @@ def measure_source(
     headers = Path(torch.__file__).parent / "include"
     paths = ["-I", include, "-isystem", headers, "-isystem", headers / "torch/csrc/api/include"]
     flags, family = _flags(targets), source.parent.name
-    key = digest(source_digest(source, include), flags, Path(__file__))
+    name = source_digest(source, include)
+    key = digest(name, flags, Path(__file__))
     kernels = recall(key)
     if kernels is None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -153,7 +155,6 @@ def measure_source(
             reason = next((line for line in log.splitlines() if "error" in line), "ptxas reported no kernel")
             return [Measured(family, family, "cuda", "cuda", "all", status="error", reason=reason.strip())]
         remember(key, kernels)
-    name = source_digest(source, include)
     return [_judged(Measured(family, family, "cuda", source=name, **kernel)) for kernel in kernels]
 
 
