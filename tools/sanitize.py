@@ -1,7 +1,7 @@
 """Builds `_host` under the address and undefined-behaviour sanitizers and prints where: tools/sanitize.py
 
-Objects are kept in .cache/sanitized, each under a digest of what it depends on: its family, csrc/common, the
-flags and the compiler. Leaks are not looked for: Python's own would drown them.
+Objects are kept in .cache/sanitized, each under a digest of what it depends on: the headers that it names,
+the flags and the compiler. Leaks are not looked for: Python's own would drown them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import runpy
 import subprocess
 import sysconfig
@@ -62,16 +63,23 @@ def preload() -> str:
 
 
 def _compile(source: Path, csrc: Path) -> Path:
-    near = source.parent.rglob("*") if source.parent != csrc else []
-    depends = sorted(p for p in (*near, *(csrc / "common").rglob("*")) if p.suffix == ".h")
     version = subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
-    content = [path.read_bytes() for path in (source, *depends)]
+    content = [path.read_bytes() for path in sorted(_named(source, csrc, set()))]
     parts = [version, repr(flags()).encode(), *content]
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     target = CACHE / f"{name}.o"
     if not target.exists():
         _run([compiler(), *flags(), f"-I{csrc}", "-c", str(source)], target)
     return target
+
+
+def _named(source: Path, csrc: Path, found: set[Path]) -> set[Path]:
+    """The file and all of csrc's headers that it names, as an include or for RK_ROWS."""
+    found.add(source)
+    for name in re.findall(r'^ *#.*"([\w/]+\.h)"', source.read_text(), re.MULTILINE):
+        if (csrc / name).exists() and csrc / name not in found:
+            _named(csrc / name, csrc, found)
+    return found
 
 
 def _run(command: list[str], target: Path) -> None:

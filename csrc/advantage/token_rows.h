@@ -3,9 +3,9 @@
 // As in gae, each lane of a vector takes a row of its own, and time runs in order. Rewards are formed in
 // registers. The score belongs to the last real step, which a walk from the end meets first: it waits in the
 // lane until then.
-#include "common/lanes.h"
+#include "normalize/rows.h"  // with lanes.h
+
 #include "common/walk.h"
-#include "normalize/rows.h"
 
 template <class T, class Out, bool kCarry>
 void token_rows(const TokenForward<T, Out>& g, int64_t begin, int64_t end) {

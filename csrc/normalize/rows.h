@@ -1,5 +1,8 @@
 // Masked moments of a block, the affine maps of forward and backward. Included by foreach_isa.h.
 // Masks are bytes, 0 where masked; nullptr where every element is real.
+#include "common/lanes.h"
+
+#include "common/halves.h"
 
 // Partial sums kept side by side: four vector registers hide the latency of the adder.
 constexpr int kSums = 4 * kLanes;
@@ -65,6 +68,10 @@ Moments block_moments(const T* x, const uint8_t* mask, int64_t n, int64_t count)
 
 template <class T>
 Moments normalize_moments(const T* x, const uint8_t* mask, int64_t n) {
+  if constexpr (kAsFloats<T>) {
+    const Floats<kBlock> values(x, n);
+    return normalize_moments(values.values, mask, n);
+  }
   const int64_t count = mask ? count_real(mask, n) : n;
   if (count == 0) return {};
   return count == n ? block_moments<T, false>(x, mask, n, count) : block_moments<T, true>(x, mask, n, count);
@@ -74,6 +81,13 @@ Moments normalize_moments(const T* x, const uint8_t* mask, int64_t n) {
 // x.
 template <class T, class X = T>
 void normalize_block(const X* x, const uint8_t* mask, T* out, int64_t n, const ForwardMap<acc_t<T>>& given) {
+  if constexpr (kAsFloats<T>) {
+    return each_block_of_floats(n, [&](int64_t i, int64_t count) {
+      Floats<> values(x + i, count);
+      normalize_block(values.values, mask ? mask + i : nullptr, values.values, count, given);
+      narrow(values.values, count, out + i);
+    });
+  }
   const ForwardMap<acc_t<T>> map = given;
   if (mask) {
 #pragma omp simd
@@ -93,6 +107,10 @@ inline bool depends(uint8_t real, bool kept, A x) {
 template <class T, class X, bool kMasked>
 GradientSums gradient_sums(const T* grad, const X* x, const uint8_t* mask, int64_t n, bool kept,
                            const Center<acc_t<T>>& given) {
+  if constexpr (kAsFloats<T> || kAsFloats<X>) {
+    const Floats<kBlock> grads(grad, n), values(x, n);
+    return gradient_sums<float, float, kMasked>(grads.values, values.values, mask, n, kept, given);
+  }
   using A = acc_t<T>;
   const Center<A> center = given;
   A sums[kSums] = {}, along[kSums] = {};
@@ -125,6 +143,15 @@ GradientSums normalize_gradient_sums(const T* grad, const X* x, const uint8_t* m
 template <class T>
 void normalize_gradient_block(const T* grad, const T* x, const uint8_t* mask, T* out, int64_t n, bool kept,
                               const BackwardMap<acc_t<T>>& given) {
+  if constexpr (kAsFloats<T>) {
+    return each_block_of_floats(n, [&](int64_t i, int64_t count) {
+      const Floats<> values(x + i, count);
+      Floats<> grads(grad + i, count);
+      normalize_gradient_block(grads.values, values.values, mask ? mask + i : nullptr, grads.values, count,
+                               kept, given);
+      narrow(grads.values, count, out + i);
+    });
+  }
   using A = acc_t<T>;
   const BackwardMap<A> map = given;
   if (mask) {

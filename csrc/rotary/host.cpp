@@ -13,7 +13,7 @@ FloatArray rotary(const FloatArray& x, const FloatArray& cos, const FloatArray& 
     require(table->ndim() == 2 && table->shape(0) == steps && table->shape(1) == width / 2,
             "rotary: cos and sin must be [T, D/2]");
   FloatArray out(shape(x));
-  const auto rotate = interleaved ? RK_PICK(rotate_neighbours<float>) : RK_PICK(rotate_halves<float>);
+  const auto rotate = interleaved ? RK_PICK(rotate_rows<float, true>) : RK_PICK(rotate_rows<float, false>);
   for (int64_t at = 0; at < x.size(); at += steps * width)
     rotate(x.data() + at, width, cos.data(), sin.data(), out.mutable_data() + at, steps, width / 2, 1.0f);
   return out;

@@ -49,7 +49,7 @@ Tensor rotary(Tensor x, const Tensor& cos_table, const Tensor& sin_table, bool i
   const auto* from_sin = static_cast<const float*>(sin.data_ptr());
   dispatch_float(x.scalar_type(), "rotary", [&](auto zero) {
     using T = decltype(zero);
-    const auto rotate = interleaved ? RK_PICK(rotate_neighbours<T>) : RK_PICK(rotate_halves<T>);
+    const auto rotate = interleaved ? RK_PICK(rotate_rows<T, true>) : RK_PICK(rotate_rows<T, false>);
     const T* from = static_cast<const T*>(x.data_ptr());
     T* to = static_cast<T*>(out.data_ptr());
     const int64_t stride = shape.strides[dim - 2];
