@@ -44,8 +44,8 @@ budget: setup ## compile every kernel for every target and compare with the comm
 	@rlhf-kernels budget
 
 .PHONY: gpu
-gpu: ## build, test, check, tune and time with the python3 found here (no pip, no network); results under $$OUT
-	@bash tools/gpu.sh
+gpu: ## build, test, check, tune and time with the python3 found here (no pip, no network); results under $$OUT; PART=right or PART=fast: half
+	@bash tools/gpu.sh $(PART)
 
 .PHONY: gpu-bars
 gpu-bars: ## time large shapes on a GPU, likewise

@@ -110,18 +110,22 @@ def _settle(seconds: float = 5.0) -> None:
 
 def other_streams(contender: Contender, device: torch.device) -> str:
     """What a timed call left to another stream of a GPU, beyond the event that ends its time."""
-    with contender.context(), torch.cuda.device(device):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        before.record()
-        contender.call()
-        after.record()
-        after.synchronize()
-        start = perf_counter()
-        torch.cuda.synchronize(device)
-        later = perf_counter() - start
-    seen = before.elapsed_time(after) / 1e3
-    if later > seen / 2 + 1e-4:
+    later = seen = 0.0
+    for _ in range(3):  # the host may have been busy with something else once
+        with contender.context(), torch.cuda.device(device):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)
+            before.record()
+            contender.call()
+            after.record()
+            after.synchronize()
+            start = perf_counter()
+            torch.cuda.synchronize(device)
+            later = perf_counter() - start
+        seen = before.elapsed_time(after) / 1e3
+        if later <= seen / 2 + 1e-4:
+            break
+    else:
         return f"another stream worked for {later:.2g} s after the {seen:.2g} s that events saw"
     return ""
 

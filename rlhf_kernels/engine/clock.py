@@ -112,7 +112,7 @@ class CudaClock:
         self._cycles = 1.0  # of the spinning kernel in a second
         spinning = self._events(1)
         with torch.cuda.device(device):
-            for _ in range(2):  # the first time includes loading the kernel
+            for _ in range(20):  # the first includes loading the kernel; an idle GPU's clock rises by and by
                 spinning[0][0].record()
                 torch.cuda._sleep(10_000_000)
                 spinning[0][1].record()

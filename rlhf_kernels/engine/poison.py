@@ -23,8 +23,8 @@ _M_PERTURB = -6
 # Zero would switch the filling off, hence the higher bit.
 _FILL_NAN = 0x100
 # Bytes of a block that may come from such a list, of the room that aligning one asks for, and more blocks
-# than a list holds.
-_SMALL, _ALIGNING, _LISTED = 4096, 160, 8
+# than a list holds: 7, and 7 that malloc moves into it when it runs out.
+_SMALL, _ALIGNING, _LISTED = 4096, 160, 16
 
 
 @contextmanager

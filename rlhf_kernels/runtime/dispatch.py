@@ -212,6 +212,8 @@ class Op:
         """Why backend `name` cannot serve these inputs, or None."""
         if name not in self.declared():
             return f"{self.name} has no {name} kernel"
+        if name == "native" and name not in self.order.get(device, ()):  # Triton's run anywhere, interpreted
+            return f"{self.name} has no native kernel for {device}"
         if reason := unavailable(name, device):
             return reason
         try:

@@ -8,12 +8,13 @@ import math
 import pytest
 import torch
 
-from rlhf_kernels.engine import poison
+from rlhf_kernels.engine import check, poison
 from rlhf_kernels.engine.check import Judge, check_case, deviation
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.spec import Case, load_specs
 from rlhf_kernels.ops.swiglu import kernel_torch
 from rlhf_kernels.ops.swiglu.spec import SPECS
+from rlhf_kernels.runtime import dispatch
 from rlhf_kernels.stacks import Unavailable
 
 SWIGLU = SPECS[0]
@@ -185,6 +186,22 @@ def test_fall_back_is_not_the_backend_asked_for():
     rows = check_case(SWIGLU, SWIGLU.cases[0], torch.float32, "gluon")
     assert {row.status for row in rows} == {"unavailable"}
     assert rows[0].reason == "swiglu has no gluon kernel"
+
+
+def test_pytorch_is_not_asked_for_the_same_bits_twice(monkeypatch):
+    """Its attentions' backwards on a GPU would fail, and with them all that is timed beside them."""
+    monkeypatch.setattr(check, "same_bits", lambda *_: False)
+    for backend, status in (("torch", "ok"), ("native", "incorrect")):
+        rows = check_case(SWIGLU, SWIGLU.cases[0], torch.float32, backend)
+        assert {row.status for row in rows} in ({status}, {"unavailable"}), rows
+
+
+def test_native_kernels_are_only_where_the_op_has_some(monkeypatch):
+    monkeypatch.setattr(dispatch, "unavailable", lambda name, device: None)
+    for spec in load_specs().values():
+        for device in ("cpu", "cuda"):
+            refused = spec.op.unsupported("native", device, torch.float32) is not None
+            assert refused == ("native" not in spec.op.order.get(device, ())), (spec.name, device)
 
 
 def test_a_row_that_is_not_ok_has_no_time():

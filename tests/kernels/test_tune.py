@@ -88,6 +88,27 @@ def test_a_backend_goes_first_where_it_was_measured_to_be_faster(planted_specs, 
     assert list(_tuner(planted_specs).outcomes()) == []
 
 
+@needs_native
+def test_a_backend_that_fails_is_reported_and_not_contested(planted_specs, monkeypatch):
+    op = planted_specs["planted_double"].op
+    monkeypatch.setattr(op, "order", {"cpu": ("torch", "native")})
+
+    def forward(x, **values):
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr(op.module("native"), "forward", forward)
+    (outcome,) = _tuner(planted_specs).outcomes()
+    assert set(outcome.refused.values()) == {"error: NotImplementedError: no such kernel"}
+    assert (outcome.values, outcome.timings_us) == ({"waste": 0}, {})
+
+
+def test_what_is_tuned_can_be_timed_and_heeds_its_knobs():
+    for device, excluded in (("cpu", {"triton", "gluon"}), ("cuda", {"native"})):
+        found = {name for spec in load_specs().values() for name in tune.tunable(spec, device)}
+        assert found
+        assert not found & excluded
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -12,8 +12,6 @@ _forward = operator("decode_attention")
 
 def unsupported(device: str, dtype: torch.dtype, shape_class: int | None) -> str | None:
     """Why these kernels cannot serve, or None."""
-    if device != "cpu":
-        return f"there is no native kernel for {device}"
     return "there is no kernel for float64" if dtype == torch.float64 else None
 
 

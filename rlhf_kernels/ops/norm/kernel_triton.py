@@ -40,7 +40,7 @@ def _scale(squares, rest, n, eps):
 @triton.jit
 def _statistics(x, inside, size, eps, CENTER: tl.constexpr):
     """Mean as rounded, 1 / std and (rounded mean - mean) / std of a row in registers."""
-    n = size.to(x.dtype)
+    n = tl.cast(size, x.dtype)  # a size of 1 is a constant
     mean = tl.sum(x, 0) / n if CENTER else tl.sum(x, 0) * 0.0
     away = tl.where(inside, x - mean, 0.0) if CENTER else x
     rest = tl.sum(away, 0) / n if CENTER else mean
@@ -54,7 +54,7 @@ def _long_statistics(
 ):  # fmt: skip
     """The same of a row in blocks."""
     element = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    n = size.to(element)
+    n = tl.cast(size, element)
     total = tl.zeros((BLOCK,), element)
     squares = tl.zeros((BLOCK,), element)
     if CENTER:
@@ -146,7 +146,7 @@ def backward_kernel(
     """`share` rows: their gradients, and their sums for weight and bias."""
     part = tl.program_id(0).to(tl.int64)
     element = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    n = size.to(element)
+    n = tl.cast(size, element)
     eps, weight_offset = number(eps, x_ptr), number(weight_offset, x_ptr)
     by_weight_ptr += part * size
     by_bias_ptr += part * size
