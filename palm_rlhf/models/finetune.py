@@ -6,11 +6,17 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # "attention", "mlp", "all", or names of projections.
 Targets = str | Sequence[str]
 KINDS = ("attention", "mlp")
+
+
+def learned_dtype(weight: Tensor) -> torch.dtype:
+    """Of what learns beside such weights: float32 or wider: in 16 bits an update of Adam's size is lost."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def chosen(projections: Mapping[str, str], targets: Targets, what: str = "the model") -> list[str]:

@@ -35,8 +35,8 @@ class LoRA(nn.Module):
         return (self.A @ self.B) * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added to the projection of x [..., dim]: [..., dim_out]."""
-        return (x @ self.A) @ (self.B * self.scale)
+        """What is added to the projection of x [..., dim]: [..., dim_out], in the adapter's dtype."""
+        return (_like(x, self.A) @ self.A) @ (self.B * self.scale)
 
 
 # The projections of a block: queries, keys, values, output; of the feed-forward two halves and the way back.
@@ -92,9 +92,14 @@ class BlockLoRA(nn.Module):
         if not there:
             return list(outputs)
         # One product for all that read the same.
-        low = x @ torch.cat([lora.A for lora in there], dim=1)
+        low = _like(x, there[0].A) @ torch.cat([lora.A for lora in there], dim=1)
         parts = iter(low.split([lora.A.shape[1] for lora in there], dim=-1))
         return [
-            out if lora is None else out + next(parts) @ (lora.B * lora.scale)
+            out if lora is None else (out + next(parts) @ (lora.B * lora.scale)).to(out.dtype)
             for lora, out in zip(loras, outputs)
         ]
+
+
+def _like(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the adapter's dtype, which may be wider than the model's; autocast chooses one for both."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)

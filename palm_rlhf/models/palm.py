@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from palm_rlhf.models.block import Block, Context
 from palm_rlhf.models.cache import KVCache
-from palm_rlhf.models.finetune import Targets, chosen, last_blocks
+from palm_rlhf.models.finetune import Targets, chosen, last_blocks, learned_dtype
 from palm_rlhf.models.lora import PROJECTIONS, BlockLoRA
 from palm_rlhf.models.packing import Packing
 from palm_rlhf.models.protocol import IGNORED, Head
@@ -306,7 +306,7 @@ class PaLM(nn.Module):
         last_layers: int | None = None,
         alpha: float | None = None,
     ) -> None:
-        """Adds adapters that change nothing yet.
+        """Adds adapters that change nothing yet; beside weights in 16 bits they are float32.
 
         Args:
             scope: their name. lora_r: their rank; the model's own by default.
@@ -327,7 +327,7 @@ class PaLM(nn.Module):
         for block in self.layers:
             sizes = block.projections()
             adapters.append(BlockLoRA({n: sizes[n] for n in names if id(block) in deep}, rank, alpha))
-        self.finetune_modules[scope] = adapters.to(device=weight.device, dtype=weight.dtype)
+        self.finetune_modules[scope] = adapters.to(device=weight.device, dtype=learned_dtype(weight))
 
     def adapter_options(self, scope: str) -> dict[str, Any]:
         """The arguments of `add_finetune_params` that make adapters such as these."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from palm_rlhf.models.finetune import Targets, chosen, last_blocks
+from palm_rlhf.models.finetune import Targets, chosen, last_blocks, learned_dtype
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -96,9 +96,8 @@ class Scopes(nn.Module):
             warnings.filterwarnings("ignore", "Already found a `peft_config`|fan_in_fan_out is set")
             inject_adapter_in_model(config, self.model, scope)
         self._found = None
-        # In 16 bits an update of Adam's size is lost.
         for parameter in self.finetune_parameters(scope):
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.data = parameter.data.to(learned_dtype(parameter))
         # peft freezes everything else; what learns is the trainer's to say.
         for parameter in self.parameters():
             parameter.requires_grad_(learns.get(id(parameter), True))

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from palm_rlhf.algorithms.critics import bin_centres
 from palm_rlhf.algorithms.preferences import expected_value
 from palm_rlhf.generation import side_by_side
-from palm_rlhf.models.finetune import learned
+from palm_rlhf.models.finetune import learned, learned_dtype
 from palm_rlhf.models.packing import hidden_rows, placed
 from palm_rlhf.models.protocol import CausalModel
 from rlhf_kernels import linear_logprob
@@ -52,9 +52,10 @@ class ValueModel(nn.Module):
             raise ValueError(
                 f"a critic needs at least 2 bins and low < high, got {bins} from {low} to {high}"
             )
-        centres = bin_centres(low, high, bins).to(weight) if bins else None
+        like = {"device": weight.device, "dtype": learned_dtype(weight)}
+        centres = bin_centres(low, high, bins).to(**like) if bins else None
         self.register_buffer("centres", centres, persistent=False)
-        self.value_head = nn.Linear(model.dim, bins or 1, device=weight.device, dtype=weight.dtype)
+        self.value_head = nn.Linear(model.dim, bins or 1, **like)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from palm_rlhf.algorithms.preferences import binned_loss, expected_value, regression_loss
 from palm_rlhf.generation import Generation
-from palm_rlhf.models.finetune import Targets, learned
+from palm_rlhf.models.finetune import Targets, learned, learned_dtype
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import set_dropout
 from rlhf_kernels import sample
@@ -98,7 +98,7 @@ class RewardModel(nn.Module):
         self.sample_from_bins = bool(sample_from_bins) and self.binned_output
         self.sample_temperature = sample_temperature
         self._takes_embed = "extra_embed" in inspect.signature(palm.hidden_states).parameters
-        like = {"dtype": palm.head.weight.dtype, "device": palm.head.weight.device}
+        like = {"dtype": learned_dtype(palm.head.weight), "device": palm.head.weight.device}
         self.prompt_embed = nn.Parameter(torch.zeros(1, 1, palm.dim, **like))
         self.response_embed = nn.Parameter(torch.zeros(1, 1, palm.dim, **like))
         self.to_pred = nn.Linear(palm.dim, num_binned_output if self.binned_output else 1, **like)
@@ -210,7 +210,8 @@ class RewardModel(nn.Module):
             raise ValueError(
                 f"RewardModel: prompt_mask must be {tuple(x.shape)}, got {tuple(prompt_mask.shape)}"
             )
-        return torch.where(prompt_mask[..., None], self.prompt_embed, self.response_embed)
+        extra = torch.where(prompt_mask[..., None], self.prompt_embed, self.response_embed)
+        return extra.to(self.palm.head.weight.dtype)
 
 
 def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from palm_rlhf.models.checkpoint import read_tensors, write_tensors
 from palm_rlhf.models.lora import LoRA
 from palm_rlhf.models.value import Policy, ValueModel, frozen, set_dropout
+from palm_rlhf.rewards import RewardModel, load_reward_model, save_reward_model
 
 SAME = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -61,11 +63,29 @@ def test_scopes_that_exist_or_do_not(make_palm):
             call("b")
 
 
-def test_adapters_have_the_dtype_of_the_model(make_palm, tokens):
+def test_what_learns_beside_16_bits_is_float32(make_palm, tokens, tmp_path):
     model = make_palm().bfloat16()
-    model.add_finetune_params("a")
-    assert {p.dtype for p in model.finetune_parameters("a")} == {torch.bfloat16}
-    assert model(tokens, finetune_scope="a").dtype is torch.bfloat16
+    model.add_finetune_params("a", targets="all")
+    assert {p.dtype for p in model.finetune_parameters("a")} == {torch.float32}
+    reward = RewardModel(model, dropout=0.0)
+    heads = [*ValueModel(model, "a", bins=5).value_head.parameters(), *reward.finetune_parameters()]
+    assert {p.dtype for p in heads} == {torch.float32}
+    # What they add to keeps its dtype, and merged or apart they are the same to its rounding.
+    with torch.no_grad():
+        for parameter in (*model.finetune_parameters("a"), *reward.finetune_parameters()):
+            parameter.add_(0.02)
+    found = model.hidden_states(tokens, scope="a")
+    torch.testing.assert_close(
+        model.for_sampling("a").hidden_states(tokens), found, atol=0.1, rtol=0.1, check_dtype=True
+    )
+    assert found.dtype is torch.bfloat16
+    assert reward(tokens, prompt_lengths=torch.ones(3)).dtype is torch.float32
+
+    # A file of before, whose head has 16 bits, loads as it is.
+    tensors, about = read_tensors(save_reward_model(tmp_path / "reward.safetensors", reward))
+    write_tensors(tmp_path / "old.safetensors", {name: x.bfloat16() for name, x in tensors.items()}, about)
+    old = load_reward_model(tmp_path / "old.safetensors")
+    assert old(tokens, prompt_lengths=torch.ones(3)).isfinite().all()
 
 
 def test_parameters_of_the_model_and_of_a_scope_are_told_apart(make_palm):
