@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,14 +198,18 @@ class FlowRLTrainer(Trainer):
     ) -> None:
         """Arguments as there; the width of the partition function is the model's, whatever is given.
 
+        It is adapters on the policy's model, and without `actor_lora` on a copy of it.
+
         `beta_s` and `kl_div_loss_weight` are used: there they are not.
         """
         parts: dict[str, Any] = _policy(palm, actor_lora, actor_lora_r, actor_dropout)
-        palm.add_finetune_params("partition", actor_lora_r)
+        # Adapters can share a backbone only while it stays as it is.
+        partition = palm if actor_lora else copy.deepcopy(palm)
+        partition.add_finetune_params("partition", actor_lora_r)
         super().__init__(
             palm=palm, reward_model=reward_model, prompts=prompts, prompts_path=prompts_path,
             prompt_token_ids=prompt_token_ids, tokenizer=tokenizer, pad_value=pad_value, seed=seed,
-            parts=parts | {"critic": ValueModel(palm, "partition")},
+            parts=parts | {"critic": ValueModel(partition, "partition")},
             options=chosen(
                 "flowrl", beta=beta, clip=eps_clip, entropy_coef=beta_s, kl_coef=kl_div_loss_weight, kl="k2",
                 kl_in="loss",
