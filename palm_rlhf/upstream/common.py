@@ -75,7 +75,8 @@ class Trainer:
         """Samples `num_episodes * max_timesteps` prompts, learns after every `update_timesteps`.
 
         `max_batch_size` responses are sampled at a time, of as many tokens as the longest prompt leaves of
-        `max_seq_len`. A second call goes on with the weights, and with fresh optimizers.
+        `max_seq_len`. A second call goes on with the weights, the prompts that this round still has to come
+        to and fresh random numbers, and with fresh optimizers.
 
         Returns:
             The metrics of every rollout.
@@ -93,11 +94,16 @@ class Trainer:
         config = OnlineConfig(
             max_new_tokens=room, temperature=temperature, anneal=False, seed=self.seed, **self.config, **sizes
         )
+        before = self.trainer
         scaled = self.reward if self.scale == 1 else lambda generation: self.reward(generation) / self.scale
         self.trainer = OnlineTrainer(
             ALGORITHMS[self.algorithm], reward=scaled, prompts=self.prompts, config=config,
             options=self.options, stop=eos_token, pad=self.pad, **self.parts,
         )  # fmt: skip
+        if before is not None:
+            for name, generator in before.generators().items():
+                self.trainer.generators()[name].set_state(generator.get_state())
+            self.trainer.load_extra_state(before.extra_state())
         for name, settings in self.optimizer.items():
             for group in self.trainer.optimizers()[name].param_groups:
                 group.update(settings)

@@ -90,6 +90,7 @@ TRAINERS = {
         {"grpo_num_times_sample_rewards": 3, "use_score_centering": True, "score_centering_topk": 4},
     ),
     "flowrl": (FlowRLTrainer, {"flowrl_num_times_sample": 3}),
+    "flowrl-full": (FlowRLTrainer, {"flowrl_num_times_sample": 3, "actor_lora": False}),
     "tpo": (TPOTrainer, {"num_times_sample_rewards": 3, "actor_lora": False}),
 }
 
@@ -111,6 +112,11 @@ def test_every_trainer_learns_with_its_arguments_and_saves(name, tmp_path):
     # The reference is the model before training: a copy, or the same one without adapters.
     assert metrics[0]["kl_response"] == pytest.approx(0, abs=1e-4)
     assert metrics[1]["kl_response"] != metrics[0]["kl_response"]
+    learned = {
+        n: {id(p) for g in o.param_groups for p in g["params"]}
+        for n, o in trainer.trainer.optimizers().items()
+    }
+    assert not learned["policy"] & learned.get("critic", set()), "no parameter has two optimizers"
     group = trainer.trainer.optimizers()["policy"].param_groups[0]
     assert (group["weight_decay"], group["decoupled_weight_decay"], group["lr"]) == (0.01, True, 1e-2)
     best = trainer.generate(12, prompt=PROMPTS[1], num_samples=5, eos_token=2)
@@ -120,6 +126,23 @@ def test_every_trainer_learns_with_its_arguments_and_saves(name, tmp_path):
     other.load(tmp_path / "checkpoint.pt")
     for mine, theirs in zip(other.parts["policy"].trained(), trainer.parts["policy"].trained()):
         assert torch.equal(mine, theirs)
+
+
+def test_a_second_call_goes_on_with_prompts_and_random_numbers():
+    drawn = []
+
+    def reward(generation):
+        drawn.append((generation.prompt(0), generation.seeds.tolist()))
+        return torch.rand(len(generation.tokens))
+
+    trainer = GRPOTrainer(
+        palm=palm(), reward_model=reward, prompt_token_ids=PROMPTS, grpo_num_times_sample_rewards=1
+    )
+    for _ in range(2):
+        trainer.train(**TRAIN | {"num_episodes": 2, "max_timesteps": 1, "update_timesteps": 1})
+    prompts, seeds = zip(*drawn)
+    assert sorted(prompts) == sorted(trainer.prompts), "every prompt once before any comes again"
+    assert len(set(map(tuple, seeds))) == 4
 
 
 def test_the_rows_behind_the_flags_of_grpo():
