@@ -143,14 +143,16 @@ class RolloutStore:
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Rollout:
         """Responses as a Rollout, in the order asked for; groups of two rollouts never have one number.
 
+        Booleans, one for each response, ask for those where they are True.
+
         Raises:
-            IndexError: there is no such row.
+            IndexError: there is no such row, or there are not as many booleans as responses.
             ValueError: they were sampled at several temperatures, or a block is damaged.
         """
         if isinstance(index, slice):
             rows = list(range(*index.indices(len(self))))
         else:
-            rows = [index] if isinstance(index, int) else torch.as_tensor(index).flatten().tolist()
+            rows = [index] if isinstance(index, int) else self._numbers(torch.as_tensor(index).flatten())
             if wrong := [row for row in rows if not -len(self) <= row < len(self)]:
                 raise IndexError(f"there is no response {wrong[0]}: the store has {len(self)}")
             rows = [row % len(self) for row in rows]
@@ -167,6 +169,14 @@ class RolloutStore:
         order = sorted(range(len(rows)), key=lambda i: rank[places[i]])
         back = torch.tensor(order).argsort()
         return found if bool((back.diff() > 0).all()) else found.rows(back.to(self.device))
+
+    def _numbers(self, index: Tensor) -> list[int]:
+        """Rows that an index [N] asks for: numbers, or booleans for all of them."""
+        if index.dtype != torch.bool:
+            return index.tolist()
+        if len(index) != len(self):
+            raise IndexError(f"a mask of {len(index)} booleans asks for responses: the store has {len(self)}")
+        return index.nonzero().flatten().tolist()
 
     def __iter__(self) -> Iterator[Rollout]:
         """Every rollout in turn, read when it is its turn."""

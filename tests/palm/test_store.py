@@ -78,7 +78,7 @@ def test_columns_of_other_types_and_sizes(tmp_path, values):
 def test_rows_come_in_the_order_asked_for(filled):
     folder, rollouts = filled
     store, every = RolloutStore(folder), [row for each in rollouts for row in real(each)]
-    for index in (3, -1, slice(2, 9), [11, 0, 5, 6, 4], torch.tensor([7, 1])):
+    for index in (3, -1, slice(2, 9), [11, 0, 5, 6, 4], torch.tensor([7, 1]), torch.arange(12) % 3 > 0):
         numbers = torch.arange(12)[index].flatten().tolist()
         assert real(store[index]) == [every[i] for i in numbers], index
     assert store[[0, 7]].group is not None
@@ -91,8 +91,11 @@ def test_rows_come_in_the_order_asked_for(filled):
     for wrong in (12, -13, [0, 99]):
         with pytest.raises(IndexError, match="the store has 12"):
             store[wrong]
-    with pytest.raises(IndexError, match="no response was asked for"):
-        store[12:]
+    with pytest.raises(IndexError, match="a mask of 5 booleans"):
+        store[torch.ones(5, dtype=torch.bool)]
+    for nothing in (slice(12, None), torch.zeros(12, dtype=torch.bool)):
+        with pytest.raises(IndexError, match="no response was asked for"):
+            store[nothing]
 
 
 def test_minibatches_are_those_of_a_rollout(tmp_path):
