@@ -161,7 +161,10 @@ class Policy(nn.Module):
     def _logits(self, hidden: Tensor, temperature: float) -> Tensor:
         softcap = self.model.head.softcap
         weight, bias = (None if x is None else x.to(hidden.dtype) for x in self.model.head[:2])
-        logits = nn.functional.linear(hidden, weight, bias)
+        # As in sampling and in `_scored`: logits of 16 bits would move a log-probability by more than an
+        # update does.
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = nn.functional.linear(hidden, weight, bias)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return logits.float() / temperature if logits.dtype != torch.float64 else logits / temperature

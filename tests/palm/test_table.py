@@ -218,6 +218,17 @@ def test_16_log_probabilities_are_float32_whatever_the_model(make_palm):
     torch.testing.assert_close(logprob.exp().sum(), torch.tensor(1.0), atol=1e-4, rtol=0)
 
 
+def test_16_in_bf16_the_product_with_the_vocabulary_is_float32_for_the_head_as_well(make_palm):
+    policy = Policy(make_palm(spread=0.5))
+    tokens = torch.arange(20).view(4, 5)
+    every = torch.arange(23).expand(4, 3, 23)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logprob, _, head = policy.with_head(tokens, None, 2, 1.0, every)
+        ids, best = policy.most_probable(tokens, None, 2, 1.0, 3)
+    torch.testing.assert_close(head.gather(2, tokens[:, 2:, None]).squeeze(2), logprob, atol=1e-5, rtol=0)
+    torch.testing.assert_close(head.gather(2, ids), best, atol=1e-5, rtol=0)
+
+
 def test_17_every_epoch_takes_all_responses_in_a_fresh_order_and_rates_end_at_zero(make_palm):
     trainer = make(make_palm, "grpo")
     rollout = trainer.rollout()
