@@ -351,9 +351,33 @@ def best_of(
     """The best of so many responses to each prompt, and their rewards [B]; `options` are those of `generate`.
 
     `reward` gives one number for each row of a Generation; of equal ones the first wins.
+
+    Raises:
+        ValueError: it gives not as many, or one that is not finite; see also `generate`.
     """
     drawn = generate(model, prompts, samples=samples, **options)
-    scores = reward(drawn).view(-1, samples)
+    scores = checked_finite(scored(reward, drawn)).view(-1, samples)
     best = scores.argmax(1)
     index = torch.arange(len(scores), device=best.device) * samples + best
     return drawn.rows(index), scores.gather(1, best[:, None]).squeeze(1)
+
+
+def scored(reward: Callable[[Generation], Tensor], generation: Generation) -> Tensor:
+    """[B]: what a reward gives; ValueError where it is not one number for each response."""
+    found, rows = reward(generation), len(generation.tokens)
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != (rows,):
+        raise ValueError(
+            f"a reward gives a tensor [{rows}], a number for each of {rows} responses, and this one "
+            f"gave {shape}"
+        )
+    return found
+
+
+def checked_finite(scores: Tensor) -> Tensor:
+    """The same rewards; ValueError where one is not finite."""
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError(
+            f"a reward is not finite: {scores.tolist()[:8]}. Check the reward model or function."
+        )
+    return scores

@@ -1,5 +1,6 @@
 """Sampling: cache, padding, stops and neighbours change no token, and a learner finds what is recorded."""
 
+import math
 import sys
 
 import pytest
@@ -222,6 +223,20 @@ def test_best_of_takes_the_first_of_the_best(palm):
         assert best.prompt(row) == prompt
         assert scores[row] == max(group)
         assert best.response(row) == every.response(5 * row + group.index(max(group)))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda drawn: torch.tensor([1.0, math.nan, 3.0, 2.0]), "a reward is not finite"),
+        (lambda drawn: torch.rand(1), r"a number for each of 4 responses, and this one gave \(1,\)"),
+        (lambda drawn: torch.rand(4, 1), r"this one gave \(4, 1\)"),
+        (lambda drawn: [1.0] * 4, "this one gave list"),
+    ],
+)
+def test_best_of_refuses_what_is_not_one_finite_number_a_response(palm, reward, message):
+    with pytest.raises(ValueError, match=message):
+        best_of(palm, PROMPTS[:1], reward, samples=4, max_new_tokens=2)
 
 
 def test_a_generator_gives_the_same_again(palm):
