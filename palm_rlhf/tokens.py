@@ -43,7 +43,10 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8: the ids are the 256 bytes. NUL pads and EOT stops, which no text holds."""
+    """UTF-8: the ids are the 256 bytes. NUL pads and EOT stops, which no text holds.
+
+    A model may have more ids: as with the other tokenizers, those have no text.
+    """
 
     name = "bytes"
     vocabulary = 256
@@ -56,7 +59,8 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text; bytes that are no UTF-8 become the replacement character."""
-        return bytes(token for token in tokens if token not in (self.pad, self.stop)).decode(errors="replace")
+        kept = (token for token in tokens if token < self.vocabulary and token not in (self.pad, self.stop))
+        return bytes(kept).decode(errors="replace")
 
 
 class FileTokenizer:
