@@ -152,8 +152,12 @@ def moved(
     by_token = kl_estimate(rollout.logprob, outputs.logprob, "k3")
     found = {"approx_kl": masked_mean(by_token, rollout.mask, whole.tokens)}
     if clip is not None:
-        ratio = log_ratio(outputs.logprob, rollout.logprob, rollout.mask).exp()
+        # Of what the ratio is: tokens, or responses.
+        mask, ratio_of, count = rollout.mask, log_ratio, whole.tokens
+        if clip.ratio == "response":
+            mask, ratio_of, count = mask.any(1, keepdim=True), response_log_ratio, whole.responses
+        ratio = ratio_of(outputs.logprob, rollout.logprob, rollout.mask).exp()
         high = clip.clip if clip.clip_high is None else clip.clip_high
         outside = (ratio < 1 - clip.clip) | (ratio > 1 + high)
-        found["clip_fraction"] = masked_mean(outside.to(ratio.dtype), rollout.mask, whole.tokens)
+        found["clip_fraction"] = masked_mean(outside.to(ratio.dtype), mask, count)
     return found

@@ -8,7 +8,7 @@ import torch
 from palm_rlhf.algorithms import groups
 from palm_rlhf.algorithms.estimators import adapted_kl_coef, returns_with_kl
 from palm_rlhf.algorithms.objectives import averaged, entropy_shaped, simple_policy_loss
-from palm_rlhf.algorithms.policy import PolicyOptions, adapted, policy_objective
+from palm_rlhf.algorithms.policy import PolicyOptions, adapted, moved, policy_objective
 from palm_rlhf.algorithms.row import Outputs, Whole
 from palm_rlhf.algorithms.table import MaxRLOptions
 from tests.golden.load import golden
@@ -174,6 +174,16 @@ def test_maxrl_refuses_a_divergence_in_the_reward_before_it_samples():
     MaxRLOptions(kl_in="reward")
     with pytest.raises(ValueError, match="kl_in='loss'"):
         MaxRLOptions(kl_coef=0.1, kl_in="reward")
+
+
+def test_what_is_clipped_is_counted_tokens_or_responses():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    # Every token within the clip, one response not.
+    logprob = torch.tensor([[0.15, 0.15, 0.15], [0.1, 9.0, 9.0]])
+    rollout = shaped(mask, torch.zeros(2, 3), torch.zeros(2, 3), None, torch.zeros(2))
+    outputs, whole = Outputs(logprob, torch.zeros(2, 3)), Whole(mask.sum(), 2, 3)
+    for ratio, expected in (("token", 0.0), ("response", 0.5)):
+        assert moved(rollout, outputs, whole, PolicyOptions(ratio=ratio))["clip_fraction"] == expected
 
 
 def test_averages_by_their_own_numbers():
