@@ -74,6 +74,12 @@ class Rollout:
         by_token = {name: x[:, :length] for name in names if (x := getattr(self, name)) is not None}
         return replace(self, generation=cut, **by_token)
 
+    def to(self, device: str | torch.device) -> Rollout:
+        """The same on another device."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value.to(device) for name, value in found.items() if isinstance(value, Tensor)}
+        return replace(self, generation=self.generation.to(device), **tensors)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint can hold of it: numbers and tensors."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}

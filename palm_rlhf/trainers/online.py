@@ -389,7 +389,9 @@ class OnlineTrainer(Trainer):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Takes that back."""
         super().load_extra_state(state)
-        self._kept = [Rollout.from_state(rollout) for rollout in state["kept"]]
+        # A checkpoint is read to the CPU.
+        device = self.policy.model.device
+        self._kept = [Rollout.from_state(rollout).to(device) for rollout in state["kept"]]
         if self.options.kl_target is not None:
             self.options = replace(self.options, kl_coef=state["kl_coef"])
 

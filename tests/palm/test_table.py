@@ -195,6 +195,22 @@ def test_a_resumed_run_goes_on_with_the_weight_of_the_kl_term_that_it_had(make_p
     assert other.options == one.options
 
 
+def test_rollouts_that_a_checkpoint_kept_go_where_the_policy_is(make_palm):
+    trainer = make(make_palm, "ppg")
+    trainer.step(0)
+    state = trainer.extra_state()
+    assert len(state["kept"]) == 1
+    # A device that no tensor of the state is on, as a GPU is for a checkpoint, which is read to the CPU.
+    trainer.policy.model.to("meta")
+    trainer.load_extra_state(state)
+    (kept,) = trainer._kept
+    tensors = [
+        x for part in (kept, kept.generation) for x in vars(part).values() if isinstance(x, torch.Tensor)
+    ]
+    assert len(tensors) > 8
+    assert {x.device.type for x in tensors} == {"meta"}
+
+
 def test_15_adam_divides_by_as_much_as_in_the_papers(make_palm):
     """A gradient as small as eps moves half as far; with PyTorch's 1e-8 it would move as far as any other."""
     trainer = make(make_palm, "ppo")
