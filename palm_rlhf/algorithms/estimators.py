@@ -36,12 +36,13 @@ def kl_estimate(logprob: Tensor, reference: Tensor, kind: KLKind = "k1") -> Tens
 def adapted_kl_coef(
     coef: float, kl: float, *, target: float, responses: int, horizon: float = 10_000.0
 ) -> float:
-    """The next weight of the KL term: coef (1 + clip(kl / target - 1, +-0.2) responses / horizon).
+    """The next weight of the KL term: coef (1 + clip(kl / target - 1, +-0.2) min(responses / horizon, 1)).
 
     Ziegler et al., 2019, arXiv:1909.08593, section 2.2; `kl` and `target` are nats of a whole response there.
+    Where the horizon is shorter than a rollout it is the rollout: the weight must not fall below 0.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return coef * (1 + error * responses / horizon)
+    return coef * (1 + error * min(responses / horizon, 1.0))
 
 
 def response_kl(rollout: Rollout, kind: KLKind = "k1") -> Tensor:

@@ -19,6 +19,7 @@ from palm_rlhf.algorithms.contrastive import (
     simpo_loss,
     sppo_loss,
 )
+from palm_rlhf.checks import check_options
 
 
 class Scores(NamedTuple):
@@ -70,7 +71,15 @@ class PairLoss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DPOOptions:
+class PairOptions:
+    """What the options of all rows have in common."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class DPOOptions(PairOptions):
     """Direct preference optimisation: the classifier of pairs that a policy implies."""
 
     beta: float = 0.1
@@ -80,7 +89,7 @@ class DPOOptions:
 
 
 @dataclass(frozen=True)
-class IPOOptions:
+class IPOOptions(PairOptions):
     """Identity preference optimisation: a margin to reach, not to exceed."""
 
     tau: float = 0.1
@@ -90,7 +99,7 @@ class IPOOptions:
 
 
 @dataclass(frozen=True)
-class SimPOOptions:
+class SimPOOptions(PairOptions):
     """Simple preference optimisation: log-probabilities per token, a target margin, no reference."""
 
     beta: float = 2.0
@@ -100,7 +109,7 @@ class SimPOOptions:
 
 
 @dataclass(frozen=True)
-class REBELOptions:
+class REBELOptions(PairOptions):
     """Regression on differences of rewards; every pair needs its margin."""
 
     eta: float = 1.0
@@ -108,7 +117,7 @@ class REBELOptions:
 
 
 @dataclass(frozen=True)
-class SPPOOptions:
+class SPPOOptions(PairOptions):
     """Self-play preference optimisation: ratios regressed on the probability to win."""
 
     eta: float = 10.0
@@ -118,7 +127,7 @@ class SPPOOptions:
 
 
 @dataclass(frozen=True)
-class ORPOOptions:
+class ORPOOptions(PairOptions):
     """Odds ratio preference optimisation: imitation of the chosen and a ratio of odds, no reference."""
 
     weight: float = 0.1
@@ -126,7 +135,7 @@ class ORPOOptions:
 
 
 @dataclass(frozen=True)
-class KTOOptions:
+class KTOOptions(PairOptions):
     """Kahneman-Tversky optimisation: each response alone is desirable or not."""
 
     beta: float = 0.1

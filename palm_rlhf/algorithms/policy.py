@@ -21,6 +21,7 @@ from palm_rlhf.algorithms.objectives import (
     simple_policy_loss,
 )
 from palm_rlhf.algorithms.row import Loss, Outputs, Whole
+from palm_rlhf.checks import check_options
 from palm_rlhf.rollout import Rollout
 
 
@@ -42,7 +43,8 @@ class Regularised:
     """Weight of the entropy bonus."""
 
     def __post_init__(self) -> None:
-        if self.kl_target is not None and not (self.kl_target > 0 and self.kl_coef > 0):
+        check_options(self)
+        if self.kl_target is not None and not self.kl_coef > 0:
             raise ValueError(
                 f"kl_target must be above 0, and kl_coef to begin with as well, got {self.kl_target} and "
                 f"{self.kl_coef}"

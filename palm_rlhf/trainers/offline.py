@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,8 +38,6 @@ class OfflineConfig(PassesConfig):
             raise ValueError(
                 f"max_tokens must be at least 2, a prompt's and a response's, got {self.max_tokens}"
             )
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
 
 class _Row(NamedTuple):

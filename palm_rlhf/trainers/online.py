@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,79 +13,18 @@ from torch import Tensor, nn
 
 from palm_rlhf.algorithms.policy import adapted
 from palm_rlhf.algorithms.row import Algorithm, Loss, Outputs, Whole
-from palm_rlhf.generation import Generation, generate, joined
+from palm_rlhf.generation import Generation, checked_finite, generate, joined, scored
 from palm_rlhf.models.packing import set_packed
 from palm_rlhf.models.value import Policy, ValueModel, set_dropout
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.seeds import drawn_seeds
 from palm_rlhf.trainers.figures import described
-from palm_rlhf.trainers.learner import Order, Precision, Trainer, forward_pass, linear_share, train_only
+from palm_rlhf.trainers.learner import Order, Trainer, forward_pass, linear_share, train_only
+from palm_rlhf.trainers.online_config import OnlineConfig, check_fits
 from palm_rlhf.trainers.ranks import ranks
 
 if TYPE_CHECKING:
     from palm_rlhf.rollout.store import RolloutStore
-
-
-@dataclass(frozen=True)
-class OnlineConfig:
-    """How rollouts are sampled and updates made, whatever the algorithm."""
-
-    prompts: int = 64
-    """Prompts in a rollout."""
-    samples: int = 1
-    """Responses to each prompt."""
-    max_new_tokens: int = 64
-    """Tokens of a response at most."""
-    temperature: float = 1.0
-    """Divides the logits, in the sampler and in the learner."""
-    top_k: int | None = None
-    """Sample from so many of the most probable tokens; None: from all."""
-    top_p: float | None = None
-    """Sample from the smallest set of tokens with this probability; None: from all."""
-    rollout_batch: int | None = None
-    """Responses sampled at a time, to save memory; None: the whole rollout."""
-    missing_stop_score: float | None = None
-    """Score of a response that did not stop by itself; None: its reward."""
-    epochs: int = 1
-    """Passes over a rollout."""
-    minibatch: int = 64
-    """Responses in one update."""
-    micro_batch: int | None = None
-    """Responses in one forward pass, to save memory; None: the minibatch."""
-    packed: bool | None = None
-    """Compute no padding in updates: always, never, or (None) where the model can and it pays."""
-    policy_lr: float = 1e-4
-    """Learning rate of the policy."""
-    critic_lr: float = 1e-4
-    """Learning rate of the critic."""
-    warmup: int = 0
-    """Rollouts over which the learning rates rise."""
-    critic_warmup: int = 0
-    """Rollouts on which the critic learns alone, before the policy does as well."""
-    max_grad_norm: float | None = 1.0
-    """Clip gradients to this norm, policy and critic apart; None: not."""
-    precision: Precision = "float32"
-    """Of products; with bf16 weights, log-probabilities and losses stay float32."""
-    anneal: bool = True
-    """Let the learning rates fall to 0 over the run."""
-    steps: int = 100
-    """Rollouts in all."""
-    seed: int = 0
-    """Of prompts, sampling and minibatches."""
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "samples", "max_new_tokens", "epochs", "minibatch", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("micro_batch", "rollout_batch"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {size}")
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature must be above 0, got {self.temperature}: a greedy policy has no "
-                "log-probabilities to learn from"
-            )
 
 
 class OnlineTrainer(Trainer):
@@ -129,7 +68,7 @@ class OnlineTrainer(Trainer):
         for needed, given in (("critic", critic), ("reference", reference)):
             if getattr(algorithm, needed) and given is None:
                 raise ValueError(f"{algorithm.name} needs a {needed}, got none")
-        _check_samples(algorithm, config)
+        check_fits(algorithm, config)
         self.algorithm, self.config = algorithm, config
         self.options = algorithm.options() if options is None else options
         self.policy, self.reference, self.critic = policy, reference, critic
@@ -228,16 +167,12 @@ class OnlineTrainer(Trainer):
                 for start in range(0, len(prompts), size)
             ]  # fmt: skip
         del model
-        scores = [self.reward(part).float() for part in parts]
+        scores = [scored(self.reward, part).float() for part in parts]
         device = self.policy.model.device
         found = self.ranks.everyones(list(zip(parts, scores)))
         parts, scores = zip(*(pair for pairs in found for pair in pairs))
         generation = joined([part.to(device) for part in parts], self.pad)
-        score = torch.cat([score.to(device) for score in scores])
-        if not bool(torch.isfinite(score).all()):
-            raise ValueError(
-                f"a reward is not finite: {score.tolist()[:8]}. Check the reward model or function."
-            )
+        score = checked_finite(torch.cat([score.to(device) for score in scores]))
         if c.missing_stop_score is not None:
             score = torch.where(generation.stopped, score, c.missing_stop_score)
         group = torch.arange(c.prompts, device=score.device).repeat_interleave(c.samples)
@@ -394,19 +329,3 @@ class OnlineTrainer(Trainer):
         self._kept = [Rollout.from_state(rollout).to(device) for rollout in state["kept"]]
         if self.options.kl_target is not None:
             self.options = replace(self.options, kl_coef=state["kl_coef"])
-
-
-def _check_samples(algorithm: Algorithm, config: OnlineConfig) -> None:
-    if config.samples < algorithm.samples:
-        raise ValueError(
-            f"{algorithm.name} compares responses to the same prompt and needs at least "
-            f"{algorithm.samples} of them, got samples={config.samples}"
-        )
-    if not algorithm.groups:
-        return
-    for name, size in (("minibatch", config.minibatch), ("micro_batch", config.micro_batch)):
-        if size is not None and size % config.samples:
-            raise ValueError(
-                f"{algorithm.name} needs all {config.samples} responses to a prompt in one {name}, got "
-                f"{name}={size}. Choose a multiple of samples."
-            )

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from palm_rlhf.checks import check_options
 from palm_rlhf.trainers.learner import Order, Precision, Trainer, linear_share
 
 
@@ -45,13 +46,12 @@ class PassesConfig:
     """Of the order of examples."""
 
     def __post_init__(self) -> None:
+        check_options(self)
         for name in ("epochs", "batch", "max_tokens", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be above 0, got {self.lr}")
 
 
 # An example as tokens: it has a `length`.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from palm_rlhf.algorithms.objectives import masked_mean
+from palm_rlhf.checks import check_options
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import Policy
 from palm_rlhf.tasks.text import Samples
@@ -49,13 +50,10 @@ class SFTConfig:
     """Of the order of samples."""
 
     def __post_init__(self) -> None:
+        check_options(self)
         for name in ("steps", "batch", "accumulate", "eval_every", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be above 0, got {self.lr}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"final_lr is a share of lr from 0 to 1, got {self.final_lr}")
 

@@ -27,8 +27,10 @@ def trainer(make_palm, config=CONFIG, reward=ones, lora=True, **options):
     parts = {"policy": Policy(model, "actor" if lora else None)}
     parts["reference"] = Policy(model if lora else frozen(copy.deepcopy(model)))
     parts["critic"] = ValueModel(model, "critic") if lora else ValueModel(copy.deepcopy(model))
-    given = parts | options
-    return OnlineTrainer(PPO, given.pop("policy"), reward, PROMPTS, config=config, stop=2, **given)
+    given = {"algorithm": PPO} | parts | options
+    return OnlineTrainer(
+        given.pop("algorithm"), given.pop("policy"), reward, PROMPTS, config=config, stop=2, **given
+    )
 
 
 def state(model):
@@ -126,6 +128,10 @@ def test_evaluation_is_logged_before_and_now_and_then(make_palm):
     [
         ({"critic": None}, "ppo needs a critic"),
         ({"reference": None}, "ppo needs a reference"),
+        (
+            {"algorithm": ALGORITHMS["reinforce++"], "config": replace(CONFIG, critic_warmup=2)},
+            "critic_warmup=2 lets a critic learn alone, and reinforce\\+\\+ has none",
+        ),
     ],
 )
 def test_what_an_algorithm_needs_is_asked_for(make_palm, options, message):
@@ -137,6 +143,14 @@ def test_what_an_algorithm_needs_is_asked_for(make_palm, options, message):
 def test_a_reward_that_is_no_number_stops_the_run(make_palm, odd):
     one = trainer(make_palm, reward=lambda generation: torch.full((4,), odd))
     with pytest.raises(ValueError, match="a reward is not finite"):
+        one.step(0)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4, 1), ()])
+def test_a_reward_that_is_not_one_number_a_response_stops_the_run(make_palm, shape):
+    """One number for all would have been that of every response, without a word."""
+    one = trainer(make_palm, reward=lambda generation: torch.rand(shape))
+    with pytest.raises(ValueError, match=r"a reward gives a tensor \[4\], a number for each of 4 responses"):
         one.step(0)
 
 
