@@ -198,7 +198,7 @@ class PairAlgorithm:
         objective: (scores, options) -> loss and margin of each pair.
         reference: whether it needs log-probabilities under the reference.
         divergence: whether it needs KL(policy || reference), from responses to other prompts.
-        margins: whether pairs must say by how much the chosen response is better.
+        margins: whether with these options pairs must say by how much the chosen response is better.
     """
 
     name: str
@@ -206,14 +206,14 @@ class PairAlgorithm:
     objective: Callable[[Scores, Any], PairLoss]
     reference: bool = True
     divergence: bool = False
-    margins: bool = False
+    margins: Callable[[Any], bool] = lambda options: False
 
 
 _ROWS = (
     PairAlgorithm("dpo", DPOOptions, _dpo),
     PairAlgorithm("simpo", SimPOOptions, _simpo, reference=False),
-    PairAlgorithm("rebel", REBELOptions, _rebel, margins=True),
-    PairAlgorithm("sppo", SPPOOptions, _sppo),
+    PairAlgorithm("rebel", REBELOptions, _rebel, margins=lambda options: True),
+    PairAlgorithm("sppo", SPPOOptions, _sppo, margins=lambda options: options.soft),
     PairAlgorithm("ipo", IPOOptions, _ipo),
     PairAlgorithm("orpo", ORPOOptions, _orpo, reference=False),
     PairAlgorithm("kto", KTOOptions, _kto, divergence=True),

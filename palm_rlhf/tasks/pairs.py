@@ -22,7 +22,7 @@ class Pair:
     Attributes:
         chosen, rejected: the responses; whole dialogues where there is no prompt.
         prompt: what both respond to; may be empty.
-        margin: by how much the chosen one is better, in units of the reward.
+        margin: by how much the chosen one is better, in units of the reward; None where nobody said.
         tokens: ids of prompt, chosen and rejected response where they were sampled, which their texts need
             not give again. A response's stop token is there if it came to one; None: made of the texts.
     """
@@ -30,7 +30,7 @@ class Pair:
     chosen: str
     rejected: str
     prompt: str = ""
-    margin: float = 0.0
+    margin: float | None = None
     tokens: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
 
 

@@ -93,13 +93,15 @@ class OfflineTrainer(PassesTrainer):
         """
         if not pairs:
             raise ValueError("there are no pairs to learn from")
-        if algorithm.margins and not any(pair.margin for pair in pairs):
-            raise ValueError(
-                f"{algorithm.name} learns from differences of rewards, and no pair has one: give each a "
-                '"margin", by how much the chosen response is better'
-            )
         self.algorithm, self.config = algorithm, config
         self.options = algorithm.options() if options is None else options
+        without = [pair for pair in (*pairs, *held_out) if pair.margin is None]
+        if algorithm.margins(self.options) and without:
+            raise ValueError(
+                f"{algorithm.name} learns from differences of rewards, and {len(without)} of "
+                f"{len(pairs) + len(held_out)} pairs have none, such as the one with chosen="
+                f'{without[0].chosen!r:.40}: give each a "margin", by how much the chosen response is better'
+            )
         self.policy, self.pad = policy, tokenizer.pad
         self.stop = tokenizer.stop if stop is None else stop
         models = [model for model in (policy, reference) if model is not None]
@@ -193,7 +195,7 @@ class OfflineTrainer(PassesTrainer):
         found = []
         for i, (pair, (prompt, chosen, rejected)) in enumerate(zip(pairs, split)):
             other = split[(i + 1) % len(split)][1]
-            found.append(_Row(*self._cut(prompt, (chosen, rejected, other)), pair.margin, first + i))
+            found.append(_Row(*self._cut(prompt, (chosen, rejected, other)), pair.margin or 0.0, first + i))
         return found
 
     def _cut(self, prompt: list[int], responses: Sequence[list[int]]) -> tuple[list[int], ...]:

@@ -156,7 +156,7 @@ class RewardTrainer(PassesTrainer):
         responses = (example.chosen, example.rejected) if isinstance(example, Pair) else (example.text,)
         texts = tuple(self._text(prompt, [*tokenizer.encode(response), *end]) for response in responses)
         if isinstance(example, Pair):
-            return _Row(texts, example.margin)
+            return _Row(texts, example.margin or 0.0)
         bins = self.model.to_pred.out_features
         if self.model.binned_output and not (
             example.label == int(example.label) and 0 <= example.label < bins
