@@ -43,8 +43,8 @@ class OfflineConfig(PassesConfig):
 class _Row(NamedTuple):
     """A pair as tokens; `place` is its row among the reference's log-probabilities.
 
-    `other` is the chosen response of the next pair: what the policy says of it after this prompt estimates
-    the divergence from the reference.
+    `other` is the chosen response of the next pair with another prompt: what the policy says of it after this
+    prompt estimates the divergence from the reference.
     """
 
     prompt: list[int]
@@ -192,10 +192,10 @@ class OfflineTrainer(PassesTrainer):
                 start = first_ids(tokenizer) or [self.stop]
                 prompt, both = [*start, *both[0][:same]], [response[same:] for response in both]
             split.append((prompt, *both))
-        found = []
+        found, others = [], _others([prompt for prompt, _, _ in split])
         for i, (pair, (prompt, chosen, rejected)) in enumerate(zip(pairs, split)):
-            other = split[(i + 1) % len(split)][1]
-            found.append(_Row(*self._cut(prompt, (chosen, rejected, other)), pair.margin or 0.0, first + i))
+            texts = self._cut(prompt, (chosen, rejected, split[others[i]][1]))
+            found.append(_Row(*texts, pair.margin or 0.0, first + i))
         return found
 
     def _cut(self, prompt: list[int], responses: Sequence[list[int]]) -> tuple[list[int], ...]:
@@ -210,13 +210,27 @@ class OfflineTrainer(PassesTrainer):
                 f"token ids must be from 0 to {vocabulary - 1}, got {worst}. Does the tokenizer belong to "
                 "this model?"
             )
-        responses = [response[: limit - 1] for response in responses]
-        room = limit - max(map(len, responses[:2]))
-        return prompt[-room:], *responses[:2], responses[2][: limit - 1]
+        chosen, rejected, other = (response[: limit - 1] for response in responses)
+        prompt = prompt[-(limit - max(len(chosen), len(rejected))) :]
+        # The prompt is that of its own responses: the other one has the room that it leaves.
+        return prompt, chosen, rejected, other[: limit - len(prompt)]
 
     def modules(self) -> dict[str, nn.Module]:
         """The policy's model, with its adapters."""
         return {"policy": self.policy.model}
+
+
+def _others(prompts: Sequence[list[int]]) -> list[int]:
+    """For each place the next one, the first after the last, with another prompt; else the next one."""
+    count = len(prompts)
+    following = [(i + 1) % count for i in range(count)]
+    found = list(following)
+    # From the end, so that each knows where the run of its prompt ends; twice, since the last run may go on
+    # in front.
+    for i in [*range(count)][::-1] * 2:
+        if prompts[found[i]] == prompts[i]:
+            found[i] = found[following[i]]
+    return [after if prompts[at] == own else at for at, after, own in zip(found, following, prompts)]
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -152,6 +152,19 @@ def test_the_divergence_of_kto_is_from_responses_to_other_prompts_and_of_the_who
     assert float(trainer._divergence(rows)) == pytest.approx(found, abs=1e-6)
 
 
+def test_the_other_response_of_kto_answers_another_prompt_and_fits(make_palm):
+    given = [Pair("a", "b", "p"), Pair("aa", "b", "p"), Pair("c", "d", "q"), Pair("aaaa", "b", "p")]
+    letters = Letters().encode
+    rows = make(make_palm, "kto", given=given)._rows
+    assert [row.other for row in rows] == [[*letters(text), 1] for text in ("c", "c", "aaaa", "c")]
+    rows = make(make_palm, "kto", given=given[:2])._rows
+    assert [row.other for row in rows] == [[*letters(text), 1] for text in ("aa", "a")], "there is no other"
+    given = [Pair("a", "b", "pppppppp"), Pair("aaaaaaaa", "b", "q")]
+    trainer = make(make_palm, "kto", given=given, config=replace(CONFIG, max_tokens=8))
+    assert [len(row.prompt) + len(row.other) for row in trainer._rows] == [8, 3]
+    assert trainer._rows[0].other == letters("aa")
+
+
 def test_a_dialogue_without_a_prompt_responds_to_what_both_begin_with(make_palm):
     given = [Pair("abcx", "abd"), Pair("q", "r"), Pair("aab", "aa")]
     trainer = make(make_palm, "simpo", given=given)
@@ -214,11 +227,17 @@ def test_a_pass_takes_every_pair_once_and_what_is_held_back_judges(make_palm):
     [
         ("dpo", [], "there are no pairs"),
         ("rebel", [Pair("a", "b", "p")], 'give each a "margin"'),
+        ("rebel", [Pair("a", "b", "p", margin=2.0), Pair("c", "d", "p")], "1 of 2 pairs have none"),
+        ("sppo-soft", [Pair("a", "b", "p")], 'give each a "margin"'),
         ("dpo", [Pair("~~~~", "b", "p")], "token ids must be from 0 to 28, got 32"),
     ],
 )
 def test_pairs_that_cannot_be_learned_from_are_refused(make_palm, name, given, message):
+    name, _, soft = name.partition("-")
     with pytest.raises(ValueError, match=message):
+        make(make_palm, name, given=given, options={"soft": True} if soft else None)
+    # Only they need a margin.
+    if name == "sppo":
         make(make_palm, name, given=given)
 
 
