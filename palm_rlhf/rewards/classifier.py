@@ -57,11 +57,7 @@ class Classifier:
         if model.config.pad_token_id is None:
             # A decoder finds the last token of a text by it, and without refuses batches.
             model.config.pad_token_id = tokenizer.pad_token_id
-        bounds = (
-            max_tokens,
-            getattr(model.config, "max_position_embeddings", None),
-            tokenizer.model_max_length,
-        )
+        bounds = (max_tokens, _positions(model), tokenizer.model_max_length)
         self.max_tokens = min(bound for bound in bounds if bound is not None)
 
     @torch.no_grad()
@@ -115,6 +111,16 @@ def _loaded(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} is no sequence-classification model: {reason:.200}") from error
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens a model has positions for, where there is such a bound."""
+    bound = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count from behind the index of padding.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return bound
 
 
 def _label(config: Any, label: str | int | None) -> int | None:

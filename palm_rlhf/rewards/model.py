@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -230,7 +231,11 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
 
 
 class ModelReward:
-    """A reward model as a reward: maps a Generation to [B] in float32, without gradients or dropout."""
+    """A reward model as a reward: maps a Generation to [B] in float32, without gradients or dropout.
+
+    Attributes:
+        cut: how many texts were longer than the model can read, and lost their beginning, as in its training.
+    """
 
     def __init__(
         self, model: RewardModel, micro_batch: int = 32, generator: torch.Generator | None = None
@@ -247,12 +252,16 @@ class ModelReward:
         if micro_batch < 1:
             raise ValueError(f"ModelReward: micro_batch must be at least 1, got {micro_batch}")
         self.model, self.micro_batch, self.generator = model, micro_batch, generator
+        self.cut = 0
 
     @torch.no_grad()
     def __call__(self, generation: Generation, *, mark_prompt: bool = True) -> Tensor:
         """Rewards of prompt and response up to and including the stop token: padding is never read.
 
         Without `mark_prompt` the model is not told what is prompt: as it was trained on texts without one.
+
+        Warns:
+            RuntimeWarning: a text is longer than the model can read; once, `cut` counts them.
         """
         device = self.model.palm.device
         prompt = torch.arange(generation.tokens.shape[1], device=device) < generation.prompt_width
@@ -262,7 +271,7 @@ class ModelReward:
             found = []
             for start in range(0, len(generation.tokens), self.micro_batch):
                 part = generation.rows(slice(start, start + self.micro_batch))
-                tokens, mask = part.tokens.to(device), part.mask.to(device)
+                tokens, mask = part.tokens.to(device), self._fitting(part.mask.to(device))
                 # What is padding in every row is at the ends: prompts end where responses begin.
                 used = mask.any(0)
                 in_prompt = prompt[used].expand(len(tokens), -1) if mark_prompt else None
@@ -271,6 +280,21 @@ class ModelReward:
         finally:
             self.model.train(training)
         return torch.cat(found).to(generation.tokens.device) if found else torch.zeros(0)
+
+    def _fitting(self, mask: Tensor) -> Tensor:
+        """The same mask [B, T], with the last tokens alone of a row that the model cannot read whole."""
+        longest, lengths = self.model.palm.max_length, mask.sum(1)
+        if longest is None or not bool((lengths > longest).any()):
+            return mask
+        if not self.cut:
+            warnings.warn(
+                f"a text of {int(lengths.max())} tokens is longer than the {longest} that the reward model "
+                "can read: such texts lose their beginning, as in its training",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self.cut += int((lengths > longest).sum())
+        return mask & (mask.flip(1).cumsum(1).flip(1) <= longest)
 
     def normalize_on(self, generation: Generation) -> tuple[float, float]:
         """Sets gain and offset so that the rewards of these responses have mean 0 and variance 1.

@@ -250,6 +250,24 @@ def test_scores_are_those_of_prompt_and_response_alone_whatever_the_micro_batch(
     )
 
 
+def test_what_a_model_cannot_read_loses_its_beginning_and_is_counted(monkeypatch):
+    policy = palm()
+    model = moved(RewardModel(policy))
+    prompts, responses = [[5, 6, 7, 8, 9], [9], [3] * 5], [[2, 3], [11, 12, 13, 14, 15, 16], [1]]
+    drawn = generation(prompts, responses)
+    monkeypatch.setattr(PaLM, "max_length", 6)
+    reward = ModelReward(model, micro_batch=2)
+    with pytest.warns(RuntimeWarning, match="a text of 7 tokens is longer than the 6") as said:
+        found = [reward(drawn) for _ in range(2)]
+    assert len(said) == 1
+    assert reward.cut == 4
+    for row, (prompt, response) in enumerate(zip(prompts, responses)):
+        text = torch.tensor([[*prompt, *response][-6:]])
+        alone = model(text, prompt_lengths=torch.tensor([text.shape[1] - len(response)]))
+        for scores in found:
+            torch.testing.assert_close(scores[row], alone[0].detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_what_follows_the_stop_token_is_not_read_and_the_stop_token_is():
     policy = palm()
     drawn = generate(policy, [[1, 2], [3]], max_new_tokens=12, samples=8, stop=range(8),

@@ -219,3 +219,19 @@ def test_a_sequence_classification_model_of_transformers(tmp_path, labels):
             named_reward(f"hf:{tmp_path}", BYTES, BYTES.stop)
         with pytest.raises(ValueError, match="no sequence-classification model"):
             named_reward(f"hf:{tmp_path / 'nothing'}", BYTES, BYTES.stop)
+
+
+@pytest.mark.peers
+def test_a_classifier_that_counts_positions_from_behind_its_padding_reads_as_many_fewer(tmp_path):
+    _, tokenizer = small_classifier(tmp_path, 1)
+    import transformers
+
+    from palm_rlhf.rewards.classifier import Classifier
+
+    config = transformers.RobertaConfig(
+        vocab_size=28, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=20, num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    classifier = Classifier(transformers.RobertaForSequenceClassification(config), tokenizer)
+    assert classifier.max_tokens == 19
+    assert classifier.scores(["a" * 30, "b" * 19]).isfinite().all()
