@@ -156,9 +156,20 @@ class Trainer:
 
 
 def train_only(learned: Iterable[nn.Parameter], *parts: nn.Module) -> list[nn.Parameter]:
-    """Lets these parameters have gradients, and no others of the parts: with adapters a backbone has none."""
+    """Lets these parameters have gradients, and no others of the parts: with adapters a backbone has none.
+
+    ValueError for a part that learns and has weights in float16: gradients through it underflow, and nothing
+    scales the loss here.
+    """
     learned = list(learned)
     ids = {id(parameter) for parameter in learned}
+    for part in parts:
+        own = list(part.parameters())
+        if any(p.dtype == torch.float16 for p in own) and any(id(p) in ids for p in own):
+            raise ValueError(
+                "a model with weights in float16 does not learn here: its gradients are too small for that "
+                "type. Train with --dtype bfloat16 or float32; float16 is for sampling and evaluation."
+            )
     for part in parts:
         for parameter in part.parameters():
             parameter.requires_grad_(id(parameter) in ids)

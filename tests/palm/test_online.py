@@ -139,6 +139,16 @@ def test_what_an_algorithm_needs_is_asked_for(make_palm, options, message):
         trainer(make_palm, **options)
 
 
+def test_weights_in_float16_do_not_learn(make_palm):
+    """Nothing scales a loss here, and gradients in float16 underflow; those of adapters as well."""
+    half = make_palm(finetune_scopes=("actor",)).half()
+    for policy in (Policy(half), Policy(half, "actor")):
+        with pytest.raises(ValueError, match="Train with --dtype bfloat16"):
+            trainer(make_palm, policy=policy)
+    # A reference alone may have them.
+    trainer(make_palm, reference=Policy(make_palm().half()))
+
+
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
 def test_a_reward_that_is_no_number_stops_the_run(make_palm, odd):
     one = trainer(make_palm, reward=lambda generation: torch.full((4,), odd))
