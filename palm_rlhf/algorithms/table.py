@@ -45,7 +45,7 @@ class PPOOptions(PolicyOptions):
     whiten: bool = True
     """Give the advantages of a batch mean 0 and variance 1."""
     value_clip: float | None = 0.2
-    """How far a value may move from the one at sampling; None: anywhere."""
+    """How far a value may move from the one at sampling; None: anywhere. Bins have no such bound."""
     value_coef: float = 0.1
     """Weight of the value loss."""
     critic_bins: int = 0

@@ -55,7 +55,10 @@ class RLHFTrainer(Trainer):
         hl_gauss_loss_kwargs: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        """Arguments as there, but for `accelerate_kwargs`; `seed` is of prompts, samples and minibatches."""
+        """Arguments as there, but for `accelerate_kwargs`; `seed` is of prompts, samples and minibatches.
+
+        `value_clip` is accepted, and does nothing: it bounds a value, and the critic's loss is of bins.
+        """
         critic_options = critic_bins(critic_num_pred_bins, hl_gauss_loss_kwargs or {})
         support = (critic_options["critic_low"], critic_options["critic_high"])
         if actor_critic is None:
