@@ -43,6 +43,14 @@ def made(tmp_path_factory):
         (["sft", "--out", "x", *TASK, "--dim-head", "15"], "dim_head must be even"),
         (["sft", "--out", "x", *TASK, "--device", "nonsense"], "the device 'nonsense' cannot be used"),
         (["sft", "--out", "x", *TASK, "--save-every", "0"], "--save-every must be at least 1"),
+        (
+            ["train", "grpo", "--model", "x", "--out", "x", "--warmup", "-1"],
+            "warmup must be at least 0, got -1",
+        ),
+        (
+            ["train", "ipo", "--model", "x", "--out", "x", "--pairs", "x", "--tau", "0"],
+            "tau must be above 0, got 0",
+        ),
         (["generate", "--model", "x", "--prompt", ""], "give a prompt that is not empty"),
         (
             ["generate", "--model", "x", "--prompt", "a", "--max-new-tokens", "0"],

@@ -84,7 +84,7 @@ def test_what_is_wrong_with_pairs_is_said(made, tmp_path, capsys):
     words = ["train", "rebel", "--model", made / "text", "--out", tmp_path / "run", "--quiet"]
     assert refused(capsys, *words) == "--pairs must be given. See palm-rlhf train rebel --help."
     said = refused(capsys, *words, "--pairs", made / "pairs.jsonl")
-    assert said.startswith("rebel learns from differences of rewards, and no pair has one")
+    assert said.startswith("rebel learns from differences of rewards, and 10 of 10 pairs have none")
     assert refused(capsys, "train", "dop").startswith("there is no algorithm 'dop'. Did you mean 'dpo'?")
 
 
