@@ -219,14 +219,16 @@ def kl_divergence(
 
 def reward_accuracy(scorer: Scorer, pairs: Sequence[Pair]) -> Interval:
     """Share of pairs whose chosen response has the higher score; equal scores count half."""
-    answers = [_as_answer(pair, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    answers = [_as_answer(pair, which) for pair in pairs for which in (0, 1)]
     scores = scorer(answers)
     return wilson(sum(_better(a, b) for a, b in zip(scores[::2], scores[1::2])), len(pairs))
 
 
-def _as_answer(pair: Pair, response: str) -> Answer:
+def _as_answer(pair: Pair, which: int) -> Answer:
+    """The chosen response (0) or the rejected one (1)."""
     messages = [{"role": "user", "content": pair.prompt}] if pair.prompt else []
-    return Answer(messages, pair.prompt, response, (), ())
+    prompt, *responses = pair.tokens or ((), (), ())
+    return Answer(messages, pair.prompt, (pair.chosen, pair.rejected)[which], prompt, responses[which])
 
 
 def _better(one: float, other: float) -> float:

@@ -14,7 +14,7 @@ import tyro
 
 from palm_rlhf import evaluate
 from palm_rlhf.commands.common import HFOptions, Loaded, load_function
-from palm_rlhf.commands.stages import Prompts, Scores
+from palm_rlhf.commands.stages import Prompts, Scores, origin
 from palm_rlhf.commands.steps import load_any, models_of_run
 from palm_rlhf.evaluate_plots import plot_frontier, plot_win_rate
 from palm_rlhf.pipeline.chat import load_template, talking
@@ -99,7 +99,8 @@ def run(args: Evaluate, line: str) -> int:
     paths, wants_prompts = _checked(args)
     found: dict[str, Any] = {"models": [], "sampling": asdict(args.sampling)}
     if args.pairs is not None:
-        accuracy = evaluate.reward_accuracy(args.scores.scorer("", args.device), read_pairs(args.pairs))
+        scorer = args.scores.scorer(origin(args.pairs), args.device)
+        accuracy = evaluate.reward_accuracy(scorer, read_pairs(args.pairs))
         found["reward_model"] = {"pairs": str(args.pairs), "accuracy": accuracy._asdict()}
     comparison = _Comparison(args)
     for path, name in zip(paths, _names(paths)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +12,9 @@ import tyro
 from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS, PairAlgorithm
 from palm_rlhf.commands.common import HFOptions, Loaded, Tuning, load_model, merged, save_model
 from palm_rlhf.commands.runs import Run
+from palm_rlhf.commands.stages import check_origin
 from palm_rlhf.models.value import Policy
-from palm_rlhf.pipeline.files import stage_config
 from palm_rlhf.tasks.pairs import Pair, read_pairs, split_examples
-from palm_rlhf.tokens import identity
 from palm_rlhf.trainers.offline import OfflineConfig, OfflineTrainer
 
 __all__ = ["PAIR_ALGORITHMS", "PairAlgorithm", "TrainPairs", "run"]
@@ -61,8 +59,9 @@ def run(args: TrainPairs, line: str) -> int:
     folder = Run(f"train {args.algorithm.name}", args, line, grows="epochs")
     loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
     train, judge = _divided(args)
-    for file in (args.pairs, args.test_pairs):
-        _check_origin(file, args, loaded)
+    check_origin(args.pairs, args.model, loaded, args.config.temperature)
+    if args.test_pairs is not None:
+        check_origin(args.test_pairs, args.model, loaded)
     torch.manual_seed(args.config.seed)  # of new adapters
     policy = args.tuning.policy(loaded.model)
     trainer = OfflineTrainer(
@@ -101,23 +100,3 @@ def _divided(args: TrainPairs) -> tuple[list[Pair], list[Pair]]:
     if not pairs or not judge:
         raise ValueError(f"{args.test_pairs if pairs else args.pairs} has no pairs that differ")
     return pairs, judge
-
-
-def _check_origin(file: Path | None, args: TrainPairs, loaded: Loaded) -> None:
-    """Whether pairs of `palm-rlhf pairs` are in this model's tokens; a word if they were drawn otherwise."""
-    made = (None if file is None else stage_config(file)) or {}
-    if "tokenizer" not in made:
-        return
-    if made["tokenizer"] != identity(loaded.tokenizer):
-        raise ValueError(
-            f"{file} holds tokens of {made['tokenizer']}, and {args.model} writes those of "
-            f"{identity(loaded.tokenizer)} ({loaded.tokenizer.name}). Sample from a model with the same "
-            "tokenizer."
-        )
-    drawn = made["sampling"]["temperature"]
-    if file == args.pairs and drawn and drawn != args.config.temperature:
-        print(
-            f"palm-rlhf: {file} was sampled at temperature {drawn:g}, and log-probabilities are taken at "
-            f"{args.config.temperature:g}. --temperature {drawn:g} takes those that it was sampled with.",
-            file=sys.stderr,
-        )

@@ -24,6 +24,7 @@ from palm_rlhf.commands.common import (
     weights_file,
 )
 from palm_rlhf.commands.runs import Run
+from palm_rlhf.commands.stages import check_origin
 from palm_rlhf.generation import Generation, generate
 from palm_rlhf.rewards import ModelReward, RewardModel, load_reward_model, save_reward_model
 from palm_rlhf.tasks.pairs import Labelled, Pair, read_examples, split_examples
@@ -79,6 +80,7 @@ def run(args: Reward, line: str) -> int:
     folder = Run("reward", args, line, grows="epochs")
     train, judge = split_examples(read_examples(args.pairs), args.held_back, args.config.seed)
     loaded = load_model(args.model, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
+    check_origin(args.pairs, args.model, loaded)
     torch.manual_seed(args.config.seed)
     model = RewardModel(
         loaded.model,
@@ -125,14 +127,20 @@ def _samples(args: Reward, loaded: Loaded, examples: Sequence[Pair | Labelled]) 
             f"{args.normalize_tokens}"
         )
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(args.config.seed))
-    chosen = [examples[order[i % len(order)]].prompt for i in range(args.normalize)]
+    chosen = [examples[order[i % len(order)]] for i in range(args.normalize)]
     # A text without a prompt follows the end of another.
     begin = first_ids(loaded.tokenizer) or [loaded.stop]
-    prompts = [prompt_ids(loaded.tokenizer, text)[-args.config.max_tokens :] or begin for text in chosen]
+    prompts = [_asked(example, loaded.tokenizer)[-args.config.max_tokens :] or begin for example in chosen]
     return generate(
         loaded.model, prompts, max_new_tokens=args.normalize_tokens, stop=loaded.stop,
         pad=loaded.tokenizer.pad, seeds=range(args.config.seed, args.config.seed + len(prompts)),
     )  # fmt: skip
+
+
+def _asked(example: Pair | Labelled, tokenizer: Tokenizer) -> list[int]:
+    """Ids of an example's prompt: those that were sampled after, where they are known."""
+    tokens = getattr(example, "tokens", None)
+    return prompt_ids(tokenizer, example.prompt) if tokens is None else list(tokens[0])
 
 
 def _said(name: str) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from palm_rlhf.commands.common import FACTORS, hf_name, make_task
+from palm_rlhf.commands.common import FACTORS, Loaded, hf_name, make_task
 from palm_rlhf.commands.rewards import Name, named_scorer, reward_version
-from palm_rlhf.pipeline.files import digest, version
+from palm_rlhf.pipeline.files import digest, stage_config, version
 from palm_rlhf.pipeline.sampling import read_prompts
 from palm_rlhf.pipeline.scoring import RuleScorer, Scorer
 from palm_rlhf.rewards import ProgrammaticReward
+from palm_rlhf.tokens import identity
 
 
 @dataclass
@@ -105,6 +107,38 @@ class Scores:
         if name.label is None:
             name = name._replace(label=self.label)
         return named_scorer(name, sampled_with, on, max_text_tokens=self.max_text_tokens)
+
+
+def origin(file: Path) -> str:
+    """Identity of the tokenizer that a file of pairs has tokens of; "" where it is not said."""
+    return (stage_config(file) or {}).get("tokenizer", "")
+
+
+def check_origin(file: Path, model: Path, loaded: Loaded, temperature: float | None = None) -> None:
+    """Whether pairs of `palm-rlhf pairs` are in this model's tokens; a word if they were drawn otherwise.
+
+    Args:
+        file: of the pairs. model: what reads them, `loaded`.
+        temperature: that log-probabilities are taken at; None: none are.
+
+    Raises:
+        ValueError: the tokens are another tokenizer's.
+    """
+    made = origin(file)
+    if not made:
+        return
+    if made != identity(loaded.tokenizer):
+        raise ValueError(
+            f"{file} holds tokens of {made}, and {model} writes those of {identity(loaded.tokenizer)} "
+            f"({loaded.tokenizer.name}). Sample from a model with the same tokenizer."
+        )
+    drawn = stage_config(file)["sampling"]["temperature"]
+    if temperature is not None and drawn and drawn != temperature:
+        print(
+            f"palm-rlhf: {file} was sampled at temperature {drawn:g}, and log-probabilities are taken at "
+            f"{temperature:g}. --temperature {drawn:g} takes those that it was sampled with.",
+            file=sys.stderr,
+        )
 
 
 def concluded(summary: Mapping[str, Any], as_json: bool, lines: list[str]) -> int:

@@ -78,7 +78,7 @@ class RewardTrainer(PassesTrainer):
             tokenizer: makes the tokens.
             config: sizes and rates.
             held_out: examples of the same kind that judge.
-            stop: token behind every text; the tokenizer's by default.
+            stop: token behind every text that is not given as tokens; the tokenizer's by default.
 
         Raises:
             ValueError: there are no examples, they are of both kinds, the tokenizer does not fit the model,
@@ -152,9 +152,14 @@ class RewardTrainer(PassesTrainer):
         return tokens.to(device), mask.to(device), prompts.to(device) if self._prompts else None
 
     def _row(self, example: Pair | Labelled, tokenizer: Tokenizer, end: list[int]) -> _Row:
-        prompt = prompt_ids(tokenizer, example.prompt) or first_ids(tokenizer)
-        responses = (example.chosen, example.rejected) if isinstance(example, Pair) else (example.text,)
-        texts = tuple(self._text(prompt, [*tokenizer.encode(response), *end]) for response in responses)
+        if isinstance(example, Pair) and example.tokens is not None:
+            # As they were sampled: a response that was cut off has no stop token.
+            prompt, *responses = map(list, example.tokens)
+        else:
+            prompt = prompt_ids(tokenizer, example.prompt) or first_ids(tokenizer)
+            both = (example.chosen, example.rejected) if isinstance(example, Pair) else (example.text,)
+            responses = [[*tokenizer.encode(response), *end] for response in both]
+        texts = tuple(self._text(prompt, response) for response in responses)
         if isinstance(example, Pair):
             return _Row(texts, example.margin or 0.0)
         bins = self.model.to_pred.out_features

@@ -32,6 +32,7 @@ from palm_rlhf.tasks.pairs import read_pairs
 from palm_rlhf.tasks.rows import encoded, read_rows
 from palm_rlhf.tokens import ByteTokenizer, load_tokenizer
 from palm_rlhf.trainers.offline import OfflineConfig, OfflineTrainer
+from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
 from tests.palm.command_line import called, refused, tokenizer_file
 from tests.palm.conftest import SIZES
 
@@ -389,3 +390,50 @@ def test_pairs_of_other_tokens_are_refused(model, tmp_path, capsys):
     assert "--temperature 0.8 takes those that it was sampled with" in capsys.readouterr().err
     pairs.write_text(json.dumps(line | {"chosen_tokens": []}) + "\n")
     assert '"chosen_tokens" must be a list of token ids' in refused(capsys, *words, "--out", tmp_path / "run")
+
+
+def sampled_pairs(path):
+    """Pairs whose texts do not give their tokens again: bytes that are no UTF-8, responses without an end."""
+    lines = [
+        {"prompt": f"q{i}", "chosen": "\ufffd(", "rejected": "b", "margin": 1.0,
+         "prompt_tokens": [*b"<q>", i], "chosen_tokens": [195, 40], "rejected_tokens": [98, BYTES.stop]}
+        for i in range(8)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = {"tokenizer": "bytes", "sampling": {"temperature": 0.8}}
+    files.config_path(path).write_text(json.dumps(made))
+    return path
+
+
+def test_a_reward_model_reads_the_sampled_tokens_in_training_and_when_it_is_judged(
+    model, tmp_path, monkeypatch, capsys
+):
+    file = sampled_pairs(tmp_path / "pairs.jsonl")
+    both = [[195, 40], [98, BYTES.stop]]
+    palm = load_palm(model / "model.safetensors")
+    trainer = RewardTrainer(RewardModel(palm), read_pairs(file), BYTES, config=RewardConfig())
+    for i, row in enumerate(trainer._rows):
+        assert row.texts == tuple(([*b"<q>", i, *response], 4) for response in both)
+    words = ["reward", "--model", model / "model.safetensors", "--pairs", file, "--quiet", "--batch", 4]
+    words += ["--held-back", 0.5, "--normalize", 4, "--normalize-tokens", 2, "--out", tmp_path / "reward"]
+    asked, read = [], []
+    from palm_rlhf.commands import reward
+
+    drawn = reward.generate
+    monkeypatch.setattr(reward, "generate", lambda m, p, **o: asked.extend(p) or drawn(m, p, **o))
+    assert called(*words) == 0
+    assert {tuple(prompt[:3]) for prompt in asked} == {tuple(b"<q>")}
+    rewards = RewardModelScorer.__call__
+    monkeypatch.setattr(
+        RewardModelScorer, "__call__", lambda self, a: read.extend(map(self._tokens, a)) or rewards(self, a)
+    )
+    words = ["evaluate", "--reward-model", tmp_path / "reward", "--pairs", file, "--json"]
+    assert called(*words) == 0
+    assert read == [((*b"<q>", i), tuple(response)) for i in range(8) for response in both]
+    files.config_path(file).write_text(json.dumps({"tokenizer": "feedface"}))
+    read.clear()
+    assert called(*words) == 0  # another's tokens: the texts, as ever
+    assert read[0] == ([*b"q0"], [*"\ufffd(".encode(), BYTES.stop])
+    words = ["reward", "--model", model / "model.safetensors", "--pairs", file, "--out", tmp_path / "other"]
+    assert "holds tokens of feedface" in refused(capsys, *words)
+    assert not (tmp_path / "other").exists()
