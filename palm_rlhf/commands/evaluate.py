@@ -15,7 +15,7 @@ import tyro
 from palm_rlhf import evaluate
 from palm_rlhf.commands.common import HFOptions, Loaded, load_function
 from palm_rlhf.commands.stages import Prompts, Scores, origin
-from palm_rlhf.commands.steps import load_any, models_of_run
+from palm_rlhf.commands.steps import begun_with, load_any, models_of_run
 from palm_rlhf.evaluate_plots import plot_frontier, plot_win_rate
 from palm_rlhf.pipeline.chat import load_template, talking
 from palm_rlhf.pipeline.sampling import ModelSampler, SamplingOptions, select
@@ -103,8 +103,8 @@ def run(args: Evaluate, line: str) -> int:
         accuracy = evaluate.reward_accuracy(scorer, read_pairs(args.pairs))
         found["reward_model"] = {"pairs": str(args.pairs), "accuracy": accuracy._asdict()}
     comparison = _Comparison(args)
-    for path, name in zip(paths, _names(paths)):
-        loaded = _loaded(path, args)
+    for place, (path, name) in enumerate(zip(paths, _names(paths))):
+        loaded = _loaded(args, path, starts=args.run is not None and place == 0)
         loaded.model.eval()
         entry = {"name": name, "model": str(path)} | _on_text(args, loaded)
         found["models"].append(entry | (comparison.add(loaded, name) if wants_prompts else {}))
@@ -146,9 +146,10 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
 
 
-def _loaded(path: Path, args: Evaluate) -> Loaded:
-    """A model as it is to answer: in a chat its stop token ends a turn."""
-    loaded = load_any(path, tokenizer=args.tokenizer, on=args.device, hf=args.hf)
+def _loaded(args: Evaluate, path: Path, starts: bool) -> Loaded:
+    """A model as it is to answer, of a run as the run asks it: in a chat its stop token ends a turn."""
+    options = {"tokenizer": args.tokenizer, "on": args.device, "hf": args.hf}
+    loaded = begun_with(args.run, **options) if starts else load_any(path, **options)
     tokenizer = talking(loaded.tokenizer, args.template)
     return loaded if tokenizer is loaded.tokenizer else Loaded(loaded.model, tokenizer, tokenizer.stop)
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from palm_rlhf.commands.common import HFOptions, load_model
+from palm_rlhf.commands.steps import begun_with, load_any, models_of_run
 from palm_rlhf.tokens import FileTokenizer, HFTokenizer, load_tokenizer, prompt_ids, prompt_text, same_tokens
 from tests.palm.command_line import REWARD, called, refused
 from tests.palm.hf_models import save_folder
@@ -107,6 +108,26 @@ def test_a_tokenizer_knows_how_its_model_is_asked(folder, tmp_path):
     (folder_of_none := tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="has no tokenizer of transformers"):
         load_tokenizer(folder_of_none)
+
+
+def test_checkpoints_and_start_of_a_run_are_asked_as_its_result(folder, tmp_path):
+    run, task = tmp_path / "run", ["--task", "calculator", "--factors", 4, 4, "--quiet"]
+    words = ["train", "grpo", "--model", f"hf:{folder}", *task, "--chat", "--system", "Be kind."]
+    words += ["--prompts", 2, "--samples", 2, "--minibatch", 4, "--steps", 2, "--save-every", 1]
+    assert called(*words, "--out", run) == 0
+    models = models_of_run(run)
+    assert [path.name for path in models] == [folder.name, "step-00000001", "run"]
+    for loaded in (begun_with(run), *map(load_any, models[1:])):
+        assert (loaded.tokenizer.chat, loaded.tokenizer.system) == (True, "Be kind.")
+        assert loaded.tokenizer.decode([loaded.stop]) == "\n"
+    # A message that is given counts.
+    assert load_any(models[1], hf=HFOptions(system="Be brief.")).tokenizer.system == "Be brief."
+    words = ["evaluate", "--run", run, *task, "--limit", 2, "--max-new-tokens", 2, "--out", tmp_path / "out"]
+    assert called(*words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
+    asked = [row["prompt"] for row in rows]
+    assert asked[:2] == asked[2:4] == asked[4:]
+    assert all("system\nBe kind." in prompt for prompt in asked)
 
 
 def test_options_reach_the_model(folder):
