@@ -11,12 +11,16 @@ from typing import Any
 import torch
 
 from palm_rlhf.commands.common import WEIGHTS, Loaded, hf_name, load_model
+from palm_rlhf.pipeline.files import config_path
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.rollout.store import FILE, RolloutStore
-from palm_rlhf.tokens import prompt_text
+from palm_rlhf.tasks.rows import encoded
+from palm_rlhf.tokens import identity, prompt_text
 from rlhf_kernels.runtime.files import write_aside
 
 FOLDER = "rollouts"
+# Of a pair, as palm_rlhf.tasks.pairs reads it.
+_SIDES = ("prompt", "chosen", "rejected")
 
 
 @dataclass
@@ -103,28 +107,43 @@ def _place(step: int, store: RolloutStore) -> int:
 def _pairs(args: Rollouts, store: RolloutStore) -> int:
     """Writes a pair for each prompt whose responses differ in reward; equal pairs once."""
     chosen = range(len(store.rollouts)) if args.step is None else [_place(args.step, store)]
-    loaded, found = _loaded(args), {}
+    loaded, found, heats = _loaded(args), {}, set()
     for rollout in map(store.rollout, chosen):
+        heats.add(rollout.temperature)
         group = torch.arange(len(rollout)) if rollout.group is None else rollout.group
         for number in group.unique():
             rows = (group == number).nonzero().squeeze(1)
             best, worst = (
                 int(rows[place]) for place in (rollout.score[rows].argmax(), rollout.score[rows].argmin())
             )
-            margin = float(rollout.score[best] - rollout.score[worst])
-            good, bad = (_entry(rollout, row, loaded) for row in (best, worst))
-            if margin > 0 and good["response"] != bad["response"] and good["response"] and bad["response"]:
-                key = (good["prompt"], good["response"], bad["response"])
-                found[key] = dict(zip(("prompt", "chosen", "rejected"), key)) | {"margin": margin}
+            pair = _pair(rollout, best, worst, loaded)
+            if pair is not None:
+                found[tuple(tuple(pair[f"{name}_tokens"]) for name in _SIDES)] = pair
     if not found:
         raise ValueError(
             f"{args.run} has no two responses to one prompt with different rewards. Train with --samples 2 "
             "or more."
         )
-    write_aside(args.pairs, "".join(json.dumps(pair) + "\n" for pair in found.values()))
+    write_aside(args.pairs, encoded(args.pairs, list(found.values())))
+    # As palm-rlhf pairs says it: whose tokens they are, and how they were drawn.
+    sampling = {"temperature": heats.pop() if len(heats) == 1 else None}
+    made = {"stage": "rollouts", "tokenizer": identity(loaded.tokenizer), "sampling": sampling}
+    write_aside(config_path(args.pairs), json.dumps(made, indent=1))
     said = {"pairs": len(found), "rollouts": len(chosen), "out": str(args.pairs)}
     print(json.dumps(said) if args.json else f"{len(found)} pairs of {len(chosen)} rollouts  {args.pairs}")
     return 0
+
+
+def _pair(rollout: Rollout, best: int, worst: int, loaded: Loaded) -> dict[str, Any] | None:
+    """Two responses to one prompt, as texts and as sampled tokens; None where none is better."""
+    g, margin = rollout.generation, float(rollout.score[best] - rollout.score[worst])
+    good, bad = (_entry(rollout, row, loaded) for row in (best, worst))
+    chosen, rejected = good["response"], bad["response"]
+    if not (margin > 0 and chosen and rejected and chosen != rejected):
+        return None
+    tokens = (g.prompt(best), g.response(best), g.response(worst))
+    texts = dict(zip(_SIDES, (good["prompt"], chosen, rejected)))
+    return texts | {"margin": margin} | {f"{name}_tokens": ids for name, ids in zip(_SIDES, tokens)}
 
 
 def _responses(args: Rollouts, store: RolloutStore) -> int:
@@ -163,9 +182,8 @@ def _loaded(args: Rollouts) -> Loaded:
         return load_model(args.model, tokenizer=None, on="cpu")
     if (args.run / WEIGHTS).is_file() or hf_name(args.run) is not None:
         return load_model(args.run, tokenizer=None, on="cpu")
-    try:
-        config = json.loads((args.run / "config.json").read_bytes())
-        began, tokenizer = Path(config["model"]), config.get("tokenizer")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{args.run} does not say what its tokens are. Give --model RUN.") from error
-    return load_model(began, tokenizer=tokenizer, on="cpu")
+    from palm_rlhf.commands.steps import begun_with
+
+    if not (args.run / "config.json").is_file():
+        raise ValueError(f"{args.run} does not say what its tokens are. Give --model RUN.")
+    return begun_with(args.run, on="cpu")

@@ -11,6 +11,8 @@ from palm_rlhf.generation import generate
 from palm_rlhf.pipeline.sampling import read_prompt_texts
 from palm_rlhf.pipeline.scoring import as_generation
 from palm_rlhf.rewards import ModelReward, load_reward_model
+from palm_rlhf.rollout.store import RolloutStore
+from palm_rlhf.tasks.pairs import read_pairs
 from palm_rlhf.trainers.log import read_metrics
 from tests.palm.command_line import PPO, REWARD, called, make_inputs, refused, same_tensors, without_clock
 from tests.palm.test_text_rewards import BYTES, texts
@@ -114,6 +116,27 @@ def test_rollouts_are_kept_listed_and_shown(made, tmp_path, capsys):
     )
     assert "no rollout of step 7; there are: 0 to 1" in refused(capsys, "rollouts", "--run", out, "--step", 7)
     assert "Train with --keep-rollouts" in refused(capsys, "rollouts", "--run", made / "text")
+
+
+def test_pairs_of_rollouts_are_the_tokens_that_were_sampled(made, tmp_path, capsys):
+    out, file = tmp_path / "run", tmp_path / "pairs.jsonl"
+    words = ["train", "grpo", *start(made), *GRPO, "--temperature", 0.9, "--out", out, "--keep-rollouts"]
+    assert called(*words) == 0
+    assert called("rollouts", "--run", out, "--pairs", file) == 0
+    drawn = set()
+    for rollout in RolloutStore(out / "rollouts"):
+        g = rollout.generation
+        drawn |= {(tuple(g.prompt(row)), tuple(g.response(row))) for row in range(len(rollout))}
+    pairs = read_pairs(file)
+    assert pairs
+    for pair in pairs:
+        prompt, *responses = pair.tokens
+        assert {(prompt, response) for response in responses} <= drawn
+        assert BYTES.decode(prompt) == pair.prompt
+    capsys.readouterr()
+    words = ["train", "dpo", "--model", made / "text", "--quiet", "--pairs", file, "--test-pairs", file]
+    assert called(*words, "--out", tmp_path / "dpo") == 0
+    assert "was sampled at temperature 0.9" in capsys.readouterr().err
 
 
 def test_rewards_by_name(made, tmp_path, capsys):
