@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from palm_rlhf.models.checkpoint import CheckpointError
+from palm_rlhf.pipeline.files import digest
 from palm_rlhf.trainers import loop
 from palm_rlhf.trainers.checkpoints import Checkpoints
 from palm_rlhf.trainers.log import RunLog, plot_metrics, read_metrics
@@ -18,6 +19,8 @@ from rlhf_kernels.runtime.files import write_aside
 
 # What may change when a run is resumed, since no number depends on it.
 _FREE = {"out", "quiet", "save_every", "keep", "device", "checkpoint_layers", "keep_rollouts"}
+# Flags of files that are learned from: a checkpoint holds places in them.
+_FILES = ("text", "pairs", "test_pairs", "prompts_file", "gsm8k")
 
 
 class Run:
@@ -41,6 +44,7 @@ class Run:
         self.folder, self.line, self.grows = Path(args.out), line, grows
         self.progress, self.save_every = not args.quiet, args.save_every
         self.config = {"command": command, **_flat(json.loads(json.dumps(asdict(args), default=str)))}
+        self.config["inputs"] = _inputs(args)
         began = getattr(args, "model", None)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", getattr(args, "keep", 2), None if began is None else str(began)
@@ -67,7 +71,7 @@ class Run:
             ) from error
         if self.checkpoints.last is None and before["command"] == self.config["command"]:
             return  # nothing was learned yet
-        names = ["command", *sorted((before.keys() | self.config.keys()) - _FREE - {self.grows})]
+        names = ["command", *sorted((before.keys() | self.config.keys()) - _FREE - {self.grows, "inputs"})]
         changed = [name for name in names if before.get(name) != self.config.get(name)]
         if changed:
             name, now = changed[0], self.config.get(changed[0])
@@ -80,6 +84,12 @@ class Run:
                 f"the run in {self.folder} was begun with {length} {self.grows}, and is to go on with "
                 f"{self.config[self.grows]}: they may only grow."
             )
+        for name, made in before.get("inputs", {}).items():  # runs of before have none
+            if self.config["inputs"].get(name, made) != made:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {self.config[name]} has changed since the run in "
+                    f"{self.folder} was begun with it. Put back what it held, or choose another --out."
+                )
 
     def _leftovers(self) -> list[Path]:
         """What a killed run had written aside and not renamed yet."""
@@ -136,6 +146,12 @@ class Run:
         except ImportError:
             print("no matplotlib here: no curve was drawn (pip install matplotlib)", file=sys.stderr)
             return None
+
+
+def _inputs(args: Any) -> dict[str, str]:
+    """Digests of the files that are learned from, by their flags; whoever reads them says what is missing."""
+    paths = {name: getattr(args, name, None) for name in _FILES}
+    return {name: digest(path) for name, path in paths.items() if path is not None and path.is_file()}
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:

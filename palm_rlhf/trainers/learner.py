@@ -146,12 +146,15 @@ class Trainer:
         return self._generators
 
     def extra_state(self) -> dict[str, Any]:
-        """The examples that this pass still has to come to."""
+        """The examples that this pass still has to come to, and how many there are."""
         # A copy: a slice would be saved with all that it is a slice of.
-        return {"queue": self._order.rest.clone()}
+        return {"queue": self._order.rest.clone(), "count": self._order.count}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes that back."""
+        """Takes that back; ValueError where it is of another number of examples."""
+        count = state.get("count", self._order.count)  # which older checkpoints do not hold
+        if count != self._order.count:
+            raise ValueError(f"it was trained on {count} examples, and there are {self._order.count} now")
         self._order.rest = torch.as_tensor(state["queue"], dtype=torch.int64).clone()
 
 

@@ -248,6 +248,22 @@ def test_a_run_goes_on_with_the_same_flags_only(made, tmp_path, capsys):
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 5
 
 
+def test_a_run_does_not_go_on_with_other_contents_of_its_files(made, tmp_path, capsys):
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_bytes((made / "text.txt").read_bytes())
+    words = ["sft", "--text", text, *SFT, "--out", run, "--steps"]
+    assert called(*words, 1) == 0
+    text.write_text("other contents of the same file, " * 9)
+    said = refused(capsys, *words, 2)
+    assert said.startswith(f"--text {text} has changed since the run in {run} was begun with it")
+    text.write_bytes((made / "text.txt").read_bytes())
+    # A run of before, which does not say what it held, goes on.
+    config = json.loads((run / "config.json").read_text())
+    del config["inputs"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert called(*words, 2) == 0
+
+
 def test_a_damaged_checkpoint_costs_one_sentence(made, tmp_path, capsys):
     shutil.copytree(made / "text", tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "step-00000003"

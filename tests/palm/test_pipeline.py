@@ -389,7 +389,7 @@ def test_pairs_of_other_tokens_are_refused(model, tmp_path, capsys):
     assert called(*words, "--out", tmp_path / "run") == 0
     assert "--temperature 0.8 takes those that it was sampled with" in capsys.readouterr().err
     pairs.write_text(json.dumps(line | {"chosen_tokens": []}) + "\n")
-    assert '"chosen_tokens" must be a list of token ids' in refused(capsys, *words, "--out", tmp_path / "run")
+    assert '"chosen_tokens" must be a list of token ids' in refused(capsys, *words, "--out", tmp_path / "new")
 
 
 def sampled_pairs(path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from palm_rlhf.algorithms.preferences import bradley_terry_loss
+from palm_rlhf.models.checkpoint import CheckpointError
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.rewards import ModelReward, RewardModel
 from palm_rlhf.tasks.pairs import Labelled, Pair, read_examples, read_labelled, read_pairs, split_examples
@@ -259,6 +260,23 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, use_lora):
     assert all(torch.equal(moments[0][i][k], moments[1][i][k]) for i in moments[0] for k in moments[0][i])
     start = reward_model(seed=3, use_lora=use_lora).state_dict()
     assert any(not torch.equal(ours[name], start[name]) for name in ours)
+
+
+def test_a_checkpoint_of_another_number_of_examples_is_refused(tmp_path):
+    def go(count, steps):
+        trainer = RewardTrainer(
+            reward_model(), many_a(count), TOKENIZER, config=RewardConfig(batch=2, epochs=3)
+        )
+        run(trainer, RunLog(tmp_path, tensorboard=False), Checkpoints(tmp_path), steps=steps, progress=False)
+
+    go(6, 1)
+    with pytest.raises(CheckpointError, match="trained on 6 examples, and there are 4 now"):
+        go(4, 2)
+    file = tmp_path / "step-00000001" / "training.pt"
+    state = torch.load(file)
+    del state["extra"]["count"]  # as older ones are
+    torch.save(state, file)
+    go(6, 2)
 
 
 # ---- mistakes
