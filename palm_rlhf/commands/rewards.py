@@ -186,4 +186,5 @@ def _implicit(path: Path, on: str | None) -> tuple[ImplicitReward, Loaded]:
     both, config = _both(path), _config(path)
     loaded = [load_model(each, tokenizer=config.get("tokenizer"), on=on) for each in both]
     policy, reference = (Policy(frozen(each.model)) for each in loaded)
-    return ImplicitReward(policy, reference, beta=config.get("beta", 0.1)), loaded[0]
+    made = {"beta": config.get("beta", 0.1), "temperature": config.get("temperature", 1.0)}
+    return ImplicitReward(policy, reference, **made), loaded[0]

@@ -19,12 +19,29 @@ class ImplicitReward:
     """
 
     def __init__(
-        self, policy: Policy, reference: Policy, *, beta: float = 0.1, micro_batch: int = 32
+        self,
+        policy: Policy,
+        reference: Policy,
+        *,
+        beta: float = 0.1,
+        temperature: float = 1.0,
+        micro_batch: int = 32,
     ) -> None:
-        """`beta` is that of the training; `micro_batch` texts are in one forward pass. ValueError below 1."""
+        """
+        Args:
+            policy, reference: what learned, and what it began as.
+            beta, temperature: those of the training; logits are divided by the latter.
+            micro_batch: texts in one forward pass.
+
+        Raises:
+            ValueError: `micro_batch` is below 1, or `temperature` not above 0.
+        """
         if micro_batch < 1:
             raise ValueError(f"ImplicitReward: micro_batch must be at least 1, got {micro_batch}")
-        self.policy, self.reference, self.beta, self.micro_batch = policy, reference, beta, micro_batch
+        if not temperature > 0:
+            raise ValueError(f"ImplicitReward: temperature must be above 0, got {temperature}")
+        self.policy, self.reference, self.micro_batch = policy, reference, micro_batch
+        self.beta, self.temperature = beta, temperature
 
     @torch.no_grad()
     def tokens(self, generation: Generation) -> Tensor:
@@ -34,7 +51,10 @@ class ImplicitReward:
         for start in range(0, len(generation.tokens), self.micro_batch):
             part = generation.rows(slice(start, start + self.micro_batch))
             tokens, mask = part.tokens.to(device), part.mask.to(device)
-            both = (model(tokens, mask, part.prompt_width)[0] for model in (self.policy, self.reference))
+            both = (
+                model(tokens, mask, part.prompt_width, self.temperature)[0]
+                for model in (self.policy, self.reference)
+            )
             found.append(implicit_rewards(*both, self.beta))
         return torch.cat(found).to(generation.tokens.device)
 

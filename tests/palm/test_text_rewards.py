@@ -164,6 +164,12 @@ def test_what_became_more_probable_has_a_positive_implicit_reward(make_palm):
     torch.testing.assert_close(reward.tokens(g), 0.5 * (both[0] - both[1]), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(reward(g), reward.tokens(g).sum(1))
     assert not reward.tokens(g)[~g.response_mask].any()
+    # What was trained at a temperature is worth what it is there.
+    both = [part(g.tokens, g.mask, g.prompt_width, 0.5)[0].sum(1).detach() for part in (policy, reference)]
+    found = ImplicitReward(policy, reference, beta=0.3, temperature=0.5)(g)
+    torch.testing.assert_close(found, 0.3 * (both[0] - both[1]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
+        ImplicitReward(policy, reference, temperature=0)
 
 
 def small_classifier(tmp_path, labels: int):

@@ -170,9 +170,10 @@ def test_rewards_by_name(made, tmp_path, capsys):
 def test_a_run_of_dpo_is_an_implicit_reward_that_a_policy_learns_from(made, tmp_path):
     words = ["--model", made / "text", "--quiet"]
     dpo = ["train", "dpo", *words, "--pairs", made / "pairs.jsonl", "--held-back", 0.2, "--batch", 4]
-    assert called(*dpo, "--lr", 0.01, "--beta", 0.3, "--out", tmp_path / "dpo") == 0
+    dpo += ["--lr", 0.01, "--beta", 0.3, "--temperature", 0.5]
+    assert called(*dpo, "--out", tmp_path / "dpo") == 0
     reward = named_reward(f"implicit:{tmp_path / 'dpo'}", BYTES, BYTES.stop)
-    assert reward.beta == 0.3
+    assert (reward.beta, reward.temperature) == (0.3, 0.5)
     assert reward(texts(("so", " much"))).abs() > 1e-6
     scores_by_several(made, tmp_path, reward)
     told = ["--prompts-file", made / "prompts.txt", "--reward", f"implicit:{tmp_path / 'dpo'}"]
