@@ -201,6 +201,9 @@ def _with_tokenizer(
 ) -> Loaded:
     """The model with a tokenizer that is given, or else with the one that `kept` names beside `file`."""
     system = kept.get("system") if options.system is None else options.system
+    if options.chat and not kept.get("chat", False):
+        # Trained plainly, it ends a turn as its template says, not a text as it did.
+        kept = {name: value for name, value in kept.items() if name not in ("stop", "end")}
     chat = {"chat": options.chat or kept.get("chat", False), "system": system}
     if tokenizer is not None:
         found = load_tokenizer(tokenizer, pad=pad, stop=stop, **chat)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from palm_rlhf.commands.common import HFOptions, load_model
+from palm_rlhf.commands.common import HFOptions, Loaded, load_model, save_model
 from palm_rlhf.commands.steps import begun_with, load_any, models_of_run
 from palm_rlhf.tokens import FileTokenizer, HFTokenizer, load_tokenizer, prompt_ids, prompt_text, same_tokens
 from tests.palm.command_line import REWARD, called, refused
@@ -128,6 +128,22 @@ def test_checkpoints_and_start_of_a_run_are_asked_as_its_result(folder, tmp_path
     asked = [row["prompt"] for row in rows]
     assert asked[:2] == asked[2:4] == asked[4:]
     assert all("system\nBe kind." in prompt for prompt in asked)
+
+
+def test_a_chat_with_a_model_that_was_trained_plainly_ends_a_turn_as_its_template(folder, tmp_path):
+    plain = load_model(folder, tokenizer=None)
+    plain.tokenizer.tokenizer.eos_token = "</s>"
+    tokenizer = HFTokenizer(plain.tokenizer.tokenizer)
+    save_model(tmp_path, Loaded(plain.model, tokenizer, tokenizer.stop))
+    for chat, end in ((False, "</s>"), (True, "<|im_end|>")):
+        loaded = load_model(tmp_path, tokenizer=None, hf=HFOptions(chat=chat))
+        assert loaded.tokenizer.token(loaded.stop) == loaded.tokenizer.token(loaded.tokenizer.stop) == end
+    # One that was given counts, and so does what a chat was trained with.
+    loaded = load_model(tmp_path, tokenizer=None, stop="<s>", hf=HFOptions(chat=True))
+    assert loaded.tokenizer.token(loaded.stop) == "<s>"
+    save_model(tmp_path / "chat", loaded)
+    again = load_model(tmp_path / "chat", tokenizer=None, hf=HFOptions(chat=True))
+    assert again.stop == loaded.stop
 
 
 def test_options_reach_the_model(folder):
