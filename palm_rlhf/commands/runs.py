@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,11 @@ from palm_rlhf.trainers.checkpoints import Checkpoints
 from palm_rlhf.trainers.log import RunLog, plot_metrics, read_metrics
 from palm_rlhf.trainers.ranks import ranks
 from rlhf_kernels.runtime.files import write_aside
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None
 
 # What may change when a run is resumed, since no number depends on it.
 _FREE = {"out", "quiet", "save_every", "keep", "device", "checkpoint_layers", "keep_rollouts"}
@@ -102,9 +109,35 @@ class Run:
 
         Raises:
             KeyboardInterrupt: Ctrl-C; the text says where the checkpoint is and how to go on.
-            ValueError: training failed; the text says where the last checkpoint is.
+            ValueError: training failed, and the text says where the last checkpoint is; or another process
+                trains in the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            return self._train(learner, shown, self.config["steps"] if steps is None else steps)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Locks the folder itself, so that nothing is left in it; goes without where that cannot be."""
+        if fcntl is None or not self.main:
+            yield
+            return
+        place = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(place)
+            raise ValueError(
+                f"another process trains in {self.folder}. Wait for it, stop it, or choose another --out."
+            ) from error
+        except OSError:  # a file system without such locks
+            pass
+        try:
+            yield
+        finally:
+            os.close(place)
+
+    def _train(self, learner: loop.Learner, shown: Sequence[str], steps: int) -> list[dict[str, Any]]:
         if self.main:
             for leftover in self._leftovers():
                 leftover.unlink()
@@ -115,7 +148,7 @@ class Run:
                 learner,
                 log,
                 self.checkpoints,
-                steps=self.config["steps"] if steps is None else steps,
+                steps=steps,
                 save_every=self.save_every,
                 progress=self.progress,
             )

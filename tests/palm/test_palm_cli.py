@@ -18,6 +18,7 @@ from palm_rlhf.cli import COMMANDS
 from palm_rlhf.models.checkpoint import load_palm
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.rewards import RewardModel, save_reward_model
+from palm_rlhf.trainers import loop
 from palm_rlhf.trainers.log import read_metrics
 from tests.palm.command_line import (
     PPO,
@@ -262,6 +263,23 @@ def test_a_run_does_not_go_on_with_other_contents_of_its_files(made, tmp_path, c
     del config["inputs"]
     (run / "config.json").write_text(json.dumps(config))
     assert called(*words, 2) == 0
+
+
+def test_a_second_process_does_not_train_in_the_folder_of_the_first(made, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fcntl", reason="there are no locks of files here")
+    words = ["sft", "--text", made / "text.txt", *SFT, "--steps", 2, "--out", tmp_path / "run"]
+    trains, said = loop.run, []
+
+    def while_it_trains(*arguments, **options):
+        monkeypatch.setattr(loop, "run", trains)
+        said.append(refused(capsys, *words))
+        return trains(*arguments, **options)
+
+    monkeypatch.setattr(loop, "run", while_it_trains)
+    assert called(*words) == 0
+    where = tmp_path / "run"
+    assert said == [f"another process trains in {where}. Wait for it, stop it, or choose another --out."]
+    assert called(*words) == 0  # one after the other
 
 
 def test_a_damaged_checkpoint_costs_one_sentence(made, tmp_path, capsys):
