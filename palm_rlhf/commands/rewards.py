@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,8 +138,10 @@ def reward_version(name: str) -> list[Any]:
     return [digest(path) if path.is_file() else version(path) for path in there]
 
 
-def _says(path: Path) -> dict[str, Any]:
-    """What a file of an ensemble holds; ValueError where it is none."""
+def _says(path: Path, within: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file of an ensemble holds; ValueError where it is none, or is `within` itself."""
+    if path.resolve() in within:
+        raise ValueError(f"the reward {path} is a member of itself: take its name out of {within[-1]}")
     try:
         says: Any = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -148,7 +151,20 @@ def _says(path: Path) -> dict[str, Any]:
         raise ValueError(
             f'{path} must hold {{"combine": "mean", "rewards": [names]}}, with "weights" and "k" where wanted'
         )
-    return says | {"rewards": [str(name) for name in says["rewards"]]}
+    weights = says.get("weights")
+    if weights is not None and not (isinstance(weights, list) and all(map(_number, weights))):
+        raise ValueError(f'{path}: "weights" must be a list of numbers, one for each reward, got {weights!r}')
+    if "k" in says and not _number(says["k"]):
+        raise ValueError(f'{path}: "k" must be a number of deviations, got {says["k"]!r}')
+    names = [str(name) for name in says["rewards"]]
+    for name in names:
+        if Name.of(name).kind == "json":
+            _says(Path(name), (*within, path.resolve()))
+    return says | {"rewards": names}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _ensemble(path: Path, member: Callable[[str], Any]) -> Ensemble:

@@ -165,6 +165,20 @@ def test_rewards_by_name(made, tmp_path, capsys):
         assert problem in refused(capsys, *words, "--best-of", 2, "--reward", name), name
     file.write_text('{"rewards": ["words:-1"], "how": "mean"}')
     assert "must hold" in refused(capsys, *words, "--best-of", 2, "--reward", file)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"rewards": [str(file)]}))
+    for more, problem in (
+        ({"weights": 3}, '"weights" must be a list of numbers, one for each reward, got 3'),
+        ({"weights": ["1"]}, "must be a list of numbers"),
+        ({"k": "x"}, "\"k\" must be a number of deviations, got 'x'"),
+        ({"k": None}, "got None"),
+        ({"rewards": [str(file)]}, f"{file} is a member of itself: take its name out of {file}"),
+        ({"rewards": [str(other)]}, f"{file} is a member of itself: take its name out of {other}"),
+    ):
+        file.write_text(json.dumps({"rewards": ["words:-1"], **more}))
+        assert problem in refused(capsys, *words, "--best-of", 2, "--reward", file)
+    with pytest.raises(ValueError, match="member of itself"):
+        reward_version(str(file))
 
 
 def test_a_run_of_dpo_is_an_implicit_reward_that_a_policy_learns_from(made, tmp_path):
