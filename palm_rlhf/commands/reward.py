@@ -99,14 +99,12 @@ def run(args: Reward, line: str) -> int:
         model, train, loaded.tokenizer, config=args.config, held_out=judge, stop=loaded.stop
     )
     rows = folder.train(trainer, ("loss", "accuracy", "held_out_accuracy"), steps=trainer.steps)
-    if samples is not None:
-        mean, deviation = ModelReward(model).normalize_on(samples)
+    said = None if samples is None else _normalized(model, samples)
     model = trainer.ranks.whole(model)
     if not folder.main:
         return 0
-    if samples is not None:
-        said = f"mean {mean:.3f} and deviation {deviation:.3f}, now 0 and 1"
-        print(f"rewards of {len(samples.tokens)} responses after training: {said}")
+    if said is not None:
+        print(said)
     kept = tokenizer_metadata(folder.folder, loaded.tokenizer)
     saved = save_reward_model(folder.folder / WEIGHTS, model, stop=loaded.stop, **kept)
     curve = folder.draw(rows, ("loss", "held_out_loss", "accuracy", "held_out_accuracy"), line)
@@ -135,6 +133,16 @@ def _samples(args: Reward, loaded: Loaded, examples: Sequence[Pair | Labelled]) 
         loaded.model, prompts, max_new_tokens=args.normalize_tokens, stop=loaded.stop,
         pad=loaded.tokenizer.pad, seeds=range(args.config.seed, args.config.seed + len(prompts)),
     )  # fmt: skip
+
+
+def _normalized(model: RewardModel, samples: Generation) -> str:
+    """Normalises what was trained, and says so; where all rewards are equal the model is kept as it is."""
+    try:
+        mean, deviation = ModelReward(model).normalize_on(samples)
+    except ValueError as error:
+        return f"rewards after training are not normalised: {error}"
+    said = f"mean {mean:.3f} and deviation {deviation:.3f}, now 0 and 1"
+    return f"rewards of {len(samples.tokens)} responses after training: {said}"
 
 
 def _asked(example: Pair | Labelled, tokenizer: Tokenizer) -> list[int]:

@@ -7,6 +7,7 @@ import torch
 
 from palm_rlhf.commands.common import load_function, load_model
 from palm_rlhf.commands.rewards import named_reward, reward_version
+from palm_rlhf.commands.runs import Run
 from palm_rlhf.generation import generate
 from palm_rlhf.pipeline.sampling import read_prompt_texts
 from palm_rlhf.pipeline.scoring import as_generation
@@ -221,7 +222,7 @@ def scores_by_several(made, folder, reward):
     assert [now == then for now, then in zip(reward_version(str(several)), told)] == [True, True, False]
 
 
-def test_a_reward_model_is_normalised_on_samples_of_its_model(made, tmp_path, capsys):
+def test_a_reward_model_is_normalised_on_samples_of_its_model(made, tmp_path, capsys, monkeypatch):
     pairs = [json.loads(row) | {"prompt": ""} for row in (made / "pairs.jsonl").read_text().splitlines()]
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -236,5 +237,17 @@ def test_a_reward_model_is_normalised_on_samples_of_its_model(made, tmp_path, ca
     rewards = ModelReward(model)(generate(writer.model, prompts, seeds=range(6), **options)).double()
     assert abs(rewards.mean()) < 1e-5
     assert rewards.var(correction=0) == pytest.approx(1, abs=1e-4)
+    # Where all rewards are equal afterwards the model is kept, and not normalised.
+    trains = Run.train
+
+    def levelled(self, learner, *arguments, **options):
+        rows = trains(self, learner, *arguments, **options)
+        learner.model.to_pred.weight.data.zero_()
+        return rows
+
+    monkeypatch.setattr(Run, "train", levelled)
+    assert called(*words, "--out", tmp_path / "level") == 0
+    assert "rewards after training are not normalised: " in capsys.readouterr().out
+    assert (tmp_path / "level" / "model.safetensors").exists()
     problem = "--normalize needs at least 2 responses"
     assert problem in refused(capsys, *words[:-4], "--normalize", 1, "--out", tmp_path / "other")
