@@ -11,18 +11,21 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/plane.h"
 
 namespace rk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A tensor as rows of `cols` contiguous elements, `stride` elements apart. `tensor` keeps a copy alive.
+// A tensor as rows of `cols` contiguous elements, `stride` elements apart, or in groups (see plane.h).
+// `tensor` keeps a copy alive.
 struct Rows {
   Tensor tensor;
   int64_t rows;
   int64_t cols;
   int64_t stride;
+  int64_t group = 0, apart = 0;
 
   template <class T>
   const T* data() const {
@@ -31,6 +34,10 @@ struct Rows {
   template <class T>
   T* mutable_data() const {
     return static_cast<T*>(tensor.data_ptr());
+  }
+  template <class T>
+  Groups<const T> groups(int64_t first = 0) const {
+    return {data<T>() + first, stride, group, apart};
   }
 };
 
@@ -44,31 +51,50 @@ struct Shape {
   const int64_t *sizes, *strides;
   int64_t dim;
 
-  // The dimensions before the last as one: their stride, or -1 where no single one walks them.
-  int64_t row_stride() const {
-    if (dim == 0) return 1;
-    int64_t stride = sizes[dim - 1];
-    if (stride > 1 && strides[dim - 1] != 1) return -1;
-    int64_t span = 1;  // rows seen so far, from the innermost leading dimension outwards
+  // How the dimensions before the last are walked.
+  struct Walk {
+    int64_t stride, group = 0, apart = 0;
+    bool walks = true;
+  };
+
+  // As rows, or groups of rows; it does not walk where neither will do.
+  Walk walk() const {
+    if (dim == 0) return {1};
+    Walk found{sizes[dim - 1]};
+    if (found.stride > 1 && strides[dim - 1] != 1) return {0, 0, 0, false};
+    int64_t span = 1;  // rows, and then groups, seen so far, from the innermost leading dimension outwards
     for (int64_t d = dim - 2; d >= 0; --d) {
       if (sizes[d] == 1) continue;
-      if (span == 1)
-        stride = strides[d];
-      else if (strides[d] != stride * span)
-        return -1;
+      int64_t& step = found.group ? found.apart : found.stride;
+      if (span == 1) {
+        step = strides[d];
+      } else if (strides[d] != step * span) {
+        if (found.group) return {0, 0, 0, false};
+        found.group = span;
+        found.apart = strides[d];
+        span = 1;
+      }
       span *= sizes[d];
     }
-    return stride;
+    return found;
   }
 };
 
-inline Rows as_rows(const Tensor& t) {
+// In groups where one stride does not walk them; copied where groups do not either.
+inline Rows as_groups(const Tensor& t) {
   const Shape shape(t);
   const int64_t cols = shape.dim == 0 ? 1 : shape.sizes[shape.dim - 1];
   const int64_t rows = cols == 0 ? 0 : t.numel() / cols;
-  const int64_t stride = shape.row_stride();
-  if (stride >= 0) return {t, rows, cols, stride};
+  const Shape::Walk walk = shape.walk();
+  if (walk.walks) return {t, rows, cols, walk.stride, walk.group, walk.apart};
   return {torch::stable::contiguous(t), rows, cols, cols};
+}
+
+// Copied where one stride does not walk them.
+inline Rows as_rows(const Tensor& t) {
+  Rows rows = as_groups(t);
+  if (rows.group == 0) return rows;
+  return {torch::stable::contiguous(t), rows.rows, rows.cols, rows.cols};
 }
 
 inline int32_t dtype_code(ScalarType dtype) {

@@ -10,7 +10,7 @@ namespace rk {
 // and `log_total` log sum exp(z - peak).
 template <class T, class A = acc_t<T>>
 struct LogprobForward {
-  Plane<const T> logits;
+  Groups<const T> logits;
   const int64_t* target;
   A *logprob, *entropy, *peak, *log_total;
   int64_t rows, vocabulary;
@@ -20,7 +20,7 @@ struct LogprobForward {
 // `grad` may be the logits themselves.
 template <class T, class A = acc_t<T>>
 struct LogprobBackward {
-  Plane<const T> logits;
+  Groups<const T> logits;
   const int64_t* target;
   const A *grad_logprob, *grad_entropy, *entropy, *peak, *log_total;
   Plane<T> grad;

@@ -31,7 +31,7 @@ Tensor ids_of(const char* op, const Tensor& target, const Rows& logits) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logprob(const Tensor& logits, const Tensor& target,
                                                    double temperature, int64_t grain) {
-  const Rows rows = as_rows(logits);
+  const Rows rows = as_groups(logits);
   const Tensor ids = ids_of("logprob", target, rows);
   const Shape shape(target);
   const auto result = [&] { return empty_as(target, shape.sizes, shape.dim, by_row_type(logits)); };
@@ -39,14 +39,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logprob(const Tensor& logits, const T
   dispatch_float(logits.scalar_type(), "logprob", [&](auto zero) {
     using T = decltype(zero);
     const auto at = [](const Tensor& t) { return static_cast<acc_t<T>*>(t.data_ptr()); };
-    const LogprobForward<T> g{{rows.data<T>(), rows.stride},
-                              static_cast<const int64_t*>(ids.data_ptr()),
-                              at(logprob),
-                              at(entropy),
-                              at(peak),
-                              at(log_total),
-                              rows.rows,
-                              rows.cols,
+    const LogprobForward<T> g{rows.groups<T>(), static_cast<const int64_t*>(ids.data_ptr()),
+                              at(logprob),      at(entropy),
+                              at(peak),         at(log_total),
+                              rows.rows,        rows.cols,
                               temperature};
     const auto kernel = RK_PICK(logprob_rows<T>);
     parallel_rows(g.rows, g.vocabulary, grain, [&](int64_t begin, int64_t end) { kernel(g, begin, end); });
@@ -65,7 +61,7 @@ void gradient(const char* op, const Tensor& grad_logprob, const Tensor& grad_ent
   dispatch_float(rows.tensor.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
     const auto at = [&](int i) { return static_cast<const acc_t<T>*>(held[i].data_ptr()); };
-    const LogprobBackward<T> g{{rows.data<T>(), rows.stride},
+    const LogprobBackward<T> g{rows.groups<T>(),
                                static_cast<const int64_t*>(ids.data_ptr()),
                                at(0),
                                at(1),
@@ -85,8 +81,8 @@ Tensor logprob_backward(const Tensor& grad_logprob, const Tensor& grad_entropy, 
                         const Tensor& target, const Tensor& entropy, const Tensor& peak,
                         const Tensor& log_total, double temperature, int64_t grain) {
   Tensor out = new_like(logits);
-  gradient("logprob_backward", grad_logprob, grad_entropy, as_rows(logits), target, entropy, peak, log_total,
-           temperature, grain, as_rows(out));
+  gradient("logprob_backward", grad_logprob, grad_entropy, as_groups(logits), target, entropy, peak,
+           log_total, temperature, grain, as_rows(out));
   return out;
 }
 

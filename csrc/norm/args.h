@@ -19,7 +19,7 @@ constexpr int64_t kNormStatistics = 3;
 // the backward.
 template <class T, class A = acc_t<T>>
 struct NormForward {
-  Plane<const T> x, residual;
+  Groups<const T> x, residual;
   const A *weight, *bias;
   Plane<T> summed, out;
   A* statistics;
@@ -32,7 +32,7 @@ struct NormForward {
 // bias null where there is none.
 template <class T, class A = acc_t<T>>
 struct NormBackward {
-  Plane<const T> grad, grad_summed, x;
+  Groups<const T> grad, grad_summed, x;
   const A *weight, *statistics;
   Plane<T> grad_x;
   A *weight_sums, *bias_sums;

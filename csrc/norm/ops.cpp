@@ -25,7 +25,7 @@ template <class W, class A = acc_t<W>>
 class Parameter {
  public:
   Parameter(const char* op, const Tensor& t, const Tensor& weight, int64_t cols, double offset)
-      : rows_(as_rows(t)) {
+      : rows_(as_groups(t)) {
     STD_TORCH_CHECK(t.dim() == 1 && t.numel() == cols && t.scalar_type() == weight.scalar_type(), op,
                     ": weight and bias must have one element for each of x's last dimension, and one dtype");
     if constexpr (std::is_same_v<W, A>)
@@ -58,15 +58,15 @@ Tensor new_statistics(const Tensor& x) {
 }
 
 Rows rows_like(const char* op, const Tensor& t, const Rows& x) {
-  const Rows rows = as_rows(t);
+  const Rows rows = as_groups(t);
   STD_TORCH_CHECK(rows.rows == x.rows && rows.cols == x.cols && t.scalar_type() == x.tensor.scalar_type(), op,
                   ": residual and gradients must have the shape and dtype of x");
   return rows;
 }
 
 template <class T>
-Plane<const T> plane_of(const std::optional<Rows>& rows) {
-  return rows ? Plane<const T>{rows->data<T>(), rows->stride} : Plane<const T>{};
+Groups<const T> groups_of(const std::optional<Rows>& rows) {
+  return rows ? rows->groups<T>() : Groups<const T>{};
 }
 
 // Also the sum of x and the residual, or empty, and what the backward needs to know of each row.
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x, const Tensor& weight,
                                         const std::optional<Tensor>& residual, double eps,
                                         double weight_offset, bool center, int64_t grain) {
   STD_TORCH_CHECK(x.dim() >= 1, "norm: expected at least one dimension");
-  const Rows rows = as_rows(x);
+  const Rows rows = as_groups(x);
   std::optional<Rows> added;
   if (residual) added = rows_like("norm", *residual, rows);
   const int64_t none = 0;
@@ -88,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x, const Tensor& weight,
       const Parameter<W> scale("norm", weight, weight, rows.cols, weight_offset);
       std::optional<Parameter<W>> shift;
       if (bias) shift.emplace("norm", *bias, weight, rows.cols, 0.0);
-      const NormForward<T> g{{rows.data<T>(), rows.stride},
-                             plane_of<T>(added),
+      const NormForward<T> g{rows.groups<T>(),
+                             groups_of<T>(added),
                              scale.data(),
                              shift ? shift->data() : nullptr,
                              {static_cast<T*>(summed.data_ptr()), rows.cols},
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const std::
                                                  double eps, double weight_offset, bool center,
                                                  int64_t grain) {
   STD_TORCH_CHECK(x.dim() >= 1, "norm_backward: expected at least one dimension");
-  const Rows rows = as_rows(x), dy = rows_like("norm_backward", grad, rows);
+  const Rows rows = as_groups(x), dy = rows_like("norm_backward", grad, rows);
   std::optional<Rows> besides;
   if (grad_summed) besides = rows_like("norm_backward", *grad_summed, rows);
   const int64_t none = 0;
@@ -127,9 +127,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const std::
     dispatch_parameter<T>("norm_backward", weight, x, [&](auto like) {
       using W = decltype(like);
       const Parameter<W> scale("norm_backward", weight, weight, rows.cols, weight_offset);
-      NormBackward<T> g{{dy.data<T>(), dy.stride},
-                        plane_of<T>(besides),
-                        {rows.data<T>(), rows.stride},
+      NormBackward<T> g{dy.groups<T>(),
+                        groups_of<T>(besides),
+                        rows.groups<T>(),
                         scale.data(),
                         static_cast<const A*>(statistics.data_ptr()),
                         {static_cast<T*>(grad_x.data_ptr()), rows.cols},

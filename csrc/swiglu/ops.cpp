@@ -14,11 +14,13 @@ struct Pair {
 };
 
 Pair split(const Tensor& x, const std::optional<Tensor>& gate, bool gate_first) {
-  Rows first = as_rows(x);
+  Rows first = as_groups(x);
   if (gate) {
-    STD_TORCH_CHECK(gate->numel() == x.numel() && gate->scalar_type() == x.scalar_type(),
-                    "swiglu: x and gate must have one shape and dtype");
-    return {first, as_rows(*gate)};
+    const Rows second = as_groups(*gate);
+    STD_TORCH_CHECK(
+        second.rows == first.rows && second.cols == first.cols && gate->scalar_type() == x.scalar_type(),
+        "swiglu: x and gate must have one shape and dtype");
+    return {first, second};
   }
   STD_TORCH_CHECK(first.cols % 2 == 0, "swiglu: the packed dimension must be even, got ", first.cols);
   first.cols /= 2;
@@ -26,15 +28,15 @@ Pair split(const Tensor& x, const std::optional<Tensor>& gate, bool gate_first) 
 }
 
 template <class T>
-struct Offsets {
-  const T *x, *gate;
+struct Operands {
+  Groups<const T> x, gate;
 };
 
-// Where the two operands start: half a row apart when packed.
+// Half a row apart when packed.
 template <class T>
-Offsets<T> starts(const Pair& pair, bool packed, bool gate_first) {
+Operands<T> operands(const Pair& pair, bool packed, bool gate_first) {
   const int64_t half = packed ? pair.x.cols : 0;
-  return {pair.x.data<T>() + (gate_first ? half : 0), pair.gate.data<T>() + (gate_first ? 0 : half)};
+  return {pair.x.groups<T>(gate_first ? half : 0), pair.gate.groups<T>(gate_first ? 0 : half)};
 }
 
 Tensor swiglu(const Tensor& x, const std::optional<Tensor>& gate, bool gate_first, int64_t grain) {
@@ -49,12 +51,11 @@ Tensor swiglu(const Tensor& x, const std::optional<Tensor>& gate, bool gate_firs
   dispatch_float(x.scalar_type(), "swiglu", [&](auto zero) {
     using T = decltype(zero);
     const auto row = RK_PICK(swiglu_row<T>);
-    const auto from = starts<T>(pair, packed, gate_first && packed);
+    const auto from = operands<T>(pair, packed, gate_first && packed);
     T* to = static_cast<T*>(out.data_ptr());
     const int64_t cols = pair.x.cols;
     parallel_rows(pair.x.rows, cols, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        row(from.x + r * pair.x.stride, from.gate + r * pair.gate.stride, to + r * cols, cols);
+      for (int64_t r = begin; r < end; ++r) row(from.x.row(r), from.gate.row(r), to + r * cols, cols);
     });
   });
   return out;
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& x,
                                            int64_t grain) {
   const bool packed = !gate.has_value();
   const Pair pair = split(x, gate, gate_first);
-  const Rows dy = as_rows(grad);
+  const Rows dy = as_groups(grad);
   const int64_t cols = pair.x.cols;
   STD_TORCH_CHECK(dy.cols == cols && dy.rows == pair.x.rows && grad.scalar_type() == x.scalar_type(),
                   "swiglu_backward: the gradient does not fit x");
@@ -76,15 +77,16 @@ std::tuple<Tensor, Tensor> swiglu_backward(const Tensor& grad, const Tensor& x,
   dispatch_float(x.scalar_type(), "swiglu_backward", [&](auto zero) {
     using T = decltype(zero);
     const auto row = RK_PICK(swiglu_backward_row<T>);
-    const auto from = starts<T>(pair, packed, gate_first && packed);
+    const auto from = operands<T>(pair, packed, gate_first && packed);
+    const auto upstream = dy.groups<T>();
     const int64_t to_stride = packed ? 2 * cols : cols;
     T* base = static_cast<T*>(grad_x.data_ptr());
     T* to_x = base + (packed && gate_first ? cols : 0);
     T* to_gate = packed ? base + (gate_first ? 0 : cols) : static_cast<T*>(grad_gate.data_ptr());
     parallel_rows(pair.x.rows, cols, grain, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
-        row(dy.data<T>() + r * dy.stride, from.x + r * pair.x.stride, from.gate + r * pair.gate.stride,
-            to_x + r * to_stride, to_gate + r * to_stride, cols);
+        row(upstream.row(r), from.x.row(r), from.gate.row(r), to_x + r * to_stride, to_gate + r * to_stride,
+            cols);
     });
   });
   return {grad_x, grad_gate};

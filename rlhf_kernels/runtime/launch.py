@@ -32,6 +32,24 @@ def number(value: float, like: Tensor) -> float | Tensor:
     return torch.full((1,), value, dtype=torch.float64, device=like.device)
 
 
+def row_groups(t: Tensor) -> tuple[Tensor, int, int, int]:
+    """A tensor [..., columns] as rows in groups, as those of `logits[:, :-1]`: it, stride, group and apart.
+
+    Row r lies at r // group * apart + r % group * stride (`triton_lib.row_start`). A copy where its rows do
+    not lie so, or columns not side by side.
+    """
+    found: list[list[int]] = []  # rows and their stride, from the innermost dimension outwards
+    for size, stride in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1])):
+        if found and stride == found[-1][0] * found[-1][1]:
+            found[-1][0] *= size
+        elif size != 1:
+            found.append([size, stride])
+    if len(found) > 2 or (t.shape[-1] > 1 and t.stride(-1) != 1):
+        return row_groups(t.contiguous())
+    (group, stride), (_, apart) = (*found, [1, 0], [1, 0])[:2]
+    return t, stride, max(group, 1), apart
+
+
 def launch(kernel: Any, grid: Sequence[int], on: Tensor, /, *args: Any, **meta: Any) -> None:
     """Runs `kernel[grid](*args, **meta)` with the device of `on` current; Triton takes its current stream.
 

@@ -19,6 +19,12 @@ def sigmoid(x):
 
 
 @triton.jit
+def row_start(row, stride, group, apart):
+    """Where a row lies, by what launch.row_groups gives; `row` is an int64."""
+    return row // group * apart + row % group * stride
+
+
+@triton.jit
 def number(value, ptr):
     """A float argument as launch.number hands it over: in memory beside float64 data, as is at `ptr`."""
     return tl.load(value) if ptr.dtype.element_ty == tl.float64 else value

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.runtime.launch import cdiv, launch
+from rlhf_kernels.runtime.launch import cdiv, launch, row_groups
 from rlhf_kernels.runtime.launch import number as argument
-from rlhf_kernels.runtime.triton_lib import number, to_float32
+from rlhf_kernels.runtime.triton_lib import number, row_start, to_float32
 
 BLOCK = 4096
 NUM_WARPS = 8
@@ -29,15 +29,15 @@ def _difference(a, b):
     return tl.where(d < -1e4, -1e4, d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def forward_kernel(
     logits_ptr, target_ptr, logprob_ptr, entropy_ptr, peak_ptr, log_total_ptr,
-    stride, size, temperature, BLOCK: tl.constexpr,
+    stride, group, apart, size, temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: the largest z so far, and the sums of exp(z - largest) and (z - largest) exp(z - largest)."""
     row = tl.program_id(0).to(tl.int64)
     temperature = number(temperature, logits_ptr)
-    logits_ptr += row * stride
+    logits_ptr += row_start(row, stride, group, apart)
     element = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     peak = tl.full((), float("-inf"), element)
     total = tl.full((), 0.0, element)
@@ -66,16 +66,16 @@ def forward_kernel(
     tl.store(log_total_ptr + row, log_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def backward_kernel(
     logits_ptr, target_ptr, entropy_ptr, peak_ptr, log_total_ptr, grad_logprob_ptr, grad_entropy_ptr, out_ptr,
-    stride, out_stride, size, temperature, BLOCK: tl.constexpr,
+    stride, group, apart, out_stride, size, temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d logprob / dz = onehot(target) - p and d entropy / dz = -p (log p + entropy)."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     temperature = number(temperature, logits_ptr)
-    z = _scaled(logits_ptr + row * stride, cols, size, temperature)
+    z = _scaled(logits_ptr + row_start(row, stride, group, apart), cols, size, temperature)
     log_p = _difference(z - tl.load(peak_ptr + row), tl.load(log_total_ptr + row))
     to_logprob = tl.load(grad_logprob_ptr + row)
     to_entropy = tl.load(grad_entropy_ptr + row)
@@ -85,35 +85,31 @@ def backward_kernel(
     tl.store(out_ptr + row * out_stride + cols, grad.to(out_ptr.dtype.element_ty), mask=cols < size)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """As [rows, columns] with contiguous columns; copies where no view does."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
 def forward(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprob, entropy, largest z and log sum exp(z - largest)."""
-    rows, dtype = _rows(logits), torch.promote_types(logits.dtype, torch.float32)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     results = tuple(torch.empty(target.shape, dtype=dtype, device=logits.device) for _ in range(4))
+    logits, stride, group, apart = row_groups(logits)
     launch(
-        forward_kernel, (rows.shape[0],), logits,
-        rows, target.contiguous(), *results, rows.stride(0), rows.shape[1],
-        argument(temperature, rows), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        forward_kernel, (target.numel(),), logits,
+        logits, target.contiguous(), *results, stride, group, apart, logits.shape[-1],
+        argument(temperature, logits), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return results
 
 
 def differentiate(
-    rows: Tensor, target: Tensor, by_row: tuple[Tensor, ...], temperature: float, out: Tensor
+    logits: Tensor, target: Tensor, by_row: tuple[Tensor, ...], temperature: float, out: Tensor
 ) -> None:
-    """Writes the gradient of logits [N, V] to `out`, which may be the logits.
+    """Writes the gradient of logits [..., V] to `out` [N, V], which may be the logits.
 
     By row: entropy, peak, log total, gradient of logprob, gradient of entropy.
     """
+    logits, stride, group, apart = row_groups(logits)
     launch(
-        backward_kernel, (rows.shape[0], cdiv(rows.shape[1], BLOCK)), rows,
-        rows, target.contiguous(), *(t.contiguous() for t in by_row), out,
-        rows.stride(0), out.stride(0), rows.shape[1], argument(temperature, rows),
+        backward_kernel, (len(out), cdiv(out.shape[1], BLOCK)), logits,
+        logits, target.contiguous(), *(t.contiguous() for t in by_row), out,
+        stride, group, apart, out.stride(0), out.shape[1], argument(temperature, logits),
         BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 
@@ -131,5 +127,5 @@ def backward(
     """Gradient of the logits."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     by_row = (entropy, peak, log_total, grad_logprob, grad_entropy)
-    differentiate(_rows(logits), target, by_row, temperature, grad.view(-1, logits.shape[-1]))
+    differentiate(logits, target, by_row, temperature, grad.view(-1, logits.shape[-1]))
     return grad

@@ -196,14 +196,15 @@ def _kernels() -> Iterator[KernelBuild]:
     for dtype in ("fp32", "bf16", "fp16", "fp64"):
         wide = "*fp64" if dtype == "fp64" else "*fp32"
         by_row = {f"{name}_ptr": wide for name in ("entropy", "peak", "log_total")}
-        sizes = {"stride": "i32", "size": "i32", "temperature": "*fp64" if dtype == "fp64" else "fp32"}
+        sizes = dict.fromkeys(("stride", "group", "apart", "size"), "i32")
+        sizes["temperature"] = "*fp64" if dtype == "fp64" else "fp32"
         given = {"logits_ptr": f"*{dtype}", "target_ptr": "*i64"}
         forward = given | {"logprob_ptr": wide} | by_row | sizes
         grads = {"grad_logprob_ptr": wide, "grad_entropy_ptr": wide}
         backward = given | by_row | grads | {"out_ptr": f"*{dtype}", "out_stride": "i32"} | sizes
         builds = (("forward", k.forward_kernel, forward), ("backward", k.backward_kernel, backward))
         for direction, kernel, signature in builds:
-            aligned = tuple(a for a in signature if a.endswith(("ptr", "stride", "size")))
+            aligned = tuple(a for a in signature if a.endswith(("ptr", "stride", "size", "apart")))
             for target in TARGETS if dtype != "fp64" else ("sm_90",):
                 yield KernelBuild(
                     f"{direction}/{dtype}", kernel, signature, {"BLOCK": k.BLOCK}, target,
