@@ -1,8 +1,8 @@
 """One declaration of an op's forward and backward, registered with torch.library and used by eager calls.
 
 A call takes the shortest way that is right:
-  compiled, or under a tensor subclass, a dispatch mode or a torch.func transform
-                                                                   torch.ops.rlhf_kernels.<name>
+  compiled, or under a tensor subclass or a dispatch mode          torch.ops.rlhf_kernels.<name>
+  under a torch.func transform, or forward-mode derivatives        plain PyTorch, which these see through
   no input needs a gradient                                        the kernel itself
   the kernel is plain PyTorch, or has a form that is               that, autograd goes through it
   otherwise                                                        an autograd.Function over the kernels
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
@@ -83,7 +84,7 @@ class Operator:
         self.wrt = wrt
         self.wanted = wanted
         self.shape_class = shape_class
-        self.fake = fake
+        self.fake, self.backward_fake = fake, backward_fake
         self.overload = _register(op.name, schema, self._run, fake)
         kinds = [str(argument.type) for argument in self.overload._schema.arguments]
         self.tensors = tuple(i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]"))
@@ -106,10 +107,11 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         shape_class = self.shape_class(*args) if self.shape_class else None
-        found = self.op.choose(args[0], shape_class).forward(*args)
-        if type(found) is tuple and any(output is None for output in found):
-            shapes = self.fake(*args)
-            return tuple(s.zero_() if output is None else output for output, s in zip(found, shapes))
+        kernel = self.op.choose(args[0], shape_class)
+        found = kernel.forward(*args)
+        some = type(found) is tuple and any(output is None for output in found)
+        if some or getattr(kernel, "DIFFERENTIABLE", False):
+            return _laid_out(found, self.fake(*args))
         return found
 
     def _run_backward(self, *args: Any) -> Any:
@@ -117,12 +119,14 @@ class Operator:
         shape_class = self.shape_class(*forward_args) if self.shape_class else None
         kernel = self.op.choose(forward_args[0], shape_class)
         if hasattr(kernel, "backward"):
-            return kernel.backward(*args)
+            found = kernel.backward(*args)
+            plain = getattr(kernel, "DIFFERENTIABLE", False)
+            return _laid_out(found, self.backward_fake(*args)) if plain else found
         found = recomputed(kernel.forward, forward_args, grads)
         wanted = self.wanted(*args) if self.wanted else (True,) * len(self.wrt)
         asked = [found[i] if w else None for i, w in zip(self.wrt, wanted)]
         results = tuple(forward_args[0].new_empty(0) if grad is None else grad for grad in asked)
-        return results if len(results) > 1 else results[0]
+        return _laid_out(results if len(results) > 1 else results[0], self.backward_fake(*args))
 
     def _traced_for(self, args: tuple[Any, ...]) -> str:
         """What a graph is traced for; "" is our operator, which chooses at each call. Dynamo traces it."""
@@ -150,7 +154,9 @@ class Operator:
                 return self.overload(*args)
             if arg.requires_grad:
                 needs_grad = True
-        if _modes() or _transforms() is not None:
+        if _transforms() is not None or forward_ad._current_level >= 0:
+            return self._seen_through().forward(*args)
+        if _modes():
             return self.overload(*args)
         shape_class = self.shape_class(*args) if self.shape_class else None
         kernel = self.op.choose(args[0], shape_class)
@@ -158,8 +164,23 @@ class Operator:
             return getattr(kernel, "differentiable", self.function.apply)(*args)
         return kernel.forward(*args)
 
+    def _seen_through(self) -> ModuleType:
+        """The kernel that is plain PyTorch all through: torch.library has no derivatives of these kinds."""
+        kernels = [self.op.module(name) for name in ("torch", "reference")]
+        return next((kernel for kernel in kernels if getattr(kernel, "DIFFERENTIABLE", False)), kernels[0])
+
     def _needs_grad(self, args: tuple[Any, ...]) -> bool:
         return any(args[i] is not None and args[i].requires_grad for i in self.tensors)
+
+
+def _laid_out(found: Any, promised: Any) -> Any:
+    """Outputs with the strides that graphs are told of, which plain PyTorch does not keep; zeros for None."""
+    if isinstance(found, tuple):
+        return tuple(map(_laid_out, found, promised))
+    if found is None:
+        return promised.zero_()
+    strides = zip(found.shape, found.stride(), promised.stride())
+    return found if all(n < 2 or a == b for n, a, b in strides) else promised.copy_(found)
 
 
 def _numbers(shape_class: Any) -> Hashable:
