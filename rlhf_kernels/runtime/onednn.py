@@ -36,6 +36,8 @@ def suits(*operands: Tensor) -> bool:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight^T + bias` for x [..., K] and weight [N, K], `packed` or not; no gradient."""
+    if bias is not None:  # whose strides oneDNN does not look at
+        bias = bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

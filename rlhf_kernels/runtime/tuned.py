@@ -17,6 +17,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -85,20 +86,25 @@ def _processor() -> dict[str, str]:
 
 def versions(backend: str) -> dict[str, str]:
     """What an entry must agree with to be used."""
-    from importlib.metadata import version
-
     from rlhf_kernels import __version__
 
     found = {"rlhf_kernels": __version__, "torch": torch.__version__}
-    return found | {"triton": version("triton")} if backend in ("triton", "gluon") else found
+    if backend in ("triton", "gluon"):  # by the module, whose distribution has other names too
+        found["triton"] = import_module("triton").__version__
+    return found
+
+
+# What an entry has at least.
+_FIELDS = {"op", "backend", "function", "device", "threads", "dtype", "class", "values", "versions"}
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
     """The entries of a table; none where there is no file or it is of another schema or broken."""
     try:
         content = json.loads(path.read_text())
-        return content["entries"] if content["schema"] == SCHEMA else []
-    except (OSError, ValueError, KeyError, TypeError):
+        entries = content["entries"] if content["schema"] == SCHEMA else []
+        return entries if all(entry.keys() >= _FIELDS for entry in entries) else []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 

@@ -274,3 +274,17 @@ def test_padded_rows_end_with_a_tile(target, size, dtype):
             config.chosen(f"{name}_gradient", target, dtype, size, turned) for name in ("query", "key")
         )
         assert writer.block_m % reader.block_m == 0
+
+
+def test_a_graph_for_any_number_of_heads():
+    """As many for keys as for queries, which the trace may know by a symbol alone."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q: attention(q, q, q, causal=True),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for heads in (2, 3, 5):
+        q = torch.randn(2, heads, 6, 8)
+        torch.testing.assert_close(compiled(q), attention(q, q, q, causal=True))

@@ -45,7 +45,14 @@ def test_a_frozen_weight_and_a_strided_input():
 @pytest.mark.parametrize(("shape", "columns"), SHAPES[:3])
 def test_a_packed_weight_gives_the_same(shape, columns):
     x, weight = operands(shape, columns)
-    for bias in (None, torch.arange(columns) - 3.0):
+    table = torch.randn(2 * columns, 2)
+    for bias in (
+        None,
+        torch.arange(columns) - 3.0,
+        table[:columns, 1],
+        table[::2, 0],
+        table[0, :1].expand(columns),
+    ):
         got, expected = packed_linear(x, pack(weight), bias), F.linear(x, weight, bias)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 

@@ -46,6 +46,25 @@ def test_vtrace_of_a_row_with_flags_anywhere(backend, steps):
         torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
 
 
+@BACKENDS
+def test_vtrace_with_gradients_where_numbers_overflow_or_an_episode_ends_before_nan(backend):
+    log_ratio, rewards, values = torch.zeros(2, 5), torch.ones(2, 5), torch.ones(2, 5)
+    log_ratio[0, 2] = 95.0  # beyond what exp holds in float32: clipped, so without a gradient
+    done = torch.zeros(2, 5, dtype=torch.bool)
+    done[:, -1] = True
+    last = torch.tensor([float("nan"), float("inf")])
+    found = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        wrt = [x.to(dtype, copy=True).requires_grad_() for x in (log_ratio, rewards, values)]
+        with rk.backend(f"vtrace={name}", strict=True):
+            outputs = rk.vtrace(*wrt, done=done, next_value=last.to(dtype))
+        gradients = torch.autograd.grad([o.sum() for o in outputs], wrt)
+        assert all(t.isfinite().all() for t in (*outputs, *gradients))
+        found.append((*outputs, *gradients))
+    for got, want in zip(*found):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
 def test_vtrace_in_a_graph_with_gradients():
     """The forward is the C++ operator there; the backward goes through linear_recurrence."""
     log_ratio, rewards, values, done, last = trajectory(3, 20)

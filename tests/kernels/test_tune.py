@@ -171,7 +171,9 @@ def test_lookup_is_exact_or_near_within_range_or_the_default():
 
 
 def test_a_broken_table_is_no_table(own_cache):
-    for text in ("{", "[]", '{"schema": 99, "entries": [1]}'):
+    entries = ("[1]", "[{}]", '[{"op": "gae"}]', "null")
+    texts = [f'{{"schema": {tuned.SCHEMA}, "entries": {entry}}}' for entry in entries]
+    for text in ("{", "[]", "null", '{"schema": 99, "entries": [1]}', *texts):
         (own_cache / "tuned.json").write_text(text)
         assert tuned.read_table(own_cache / "tuned.json") == []
 

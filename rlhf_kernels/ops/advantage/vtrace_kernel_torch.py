@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -40,21 +41,21 @@ def corrected(
     else:
         held = values
     follows = torch.cat((held[:, 1:], last[:, None]), 1)
-    going = None if done is None else ~done
-    if going is not None:
-        follows = follows * going
-    ratio = log_ratio.exp()
+    if done is not None:
+        follows = follows.masked_fill(done, 0)
+    # Beyond both clips, and finite: the gradient of an exp that overflows would be 0 * inf.
+    ratio = log_ratio.clamp(max=math.log(rho_clip) + 1).exp()
     rho, c = ratio.clamp(max=rho_clip), ratio.clamp(max=c_clip)
     error = rewards + gamma * follows - values
     delta, trace = rho * error, gamma * lam * c
-    if going is not None:
-        trace = trace * going
+    if done is not None:
+        trace = trace.masked_fill(done, 0)
     if mask is not None:
         delta, trace = delta.masked_fill(~mask, 0), trace.masked_fill(~mask, 1)
     x = recurrence(trace, delta)
     x_next = torch.nn.functional.pad(x[:, 1:], (0, 1))
-    if going is not None:
-        x_next = x_next * going
+    if done is not None:
+        x_next = x_next.masked_fill(done, 0)
     targets, advantages = values + x, rho * (error + gamma * x_next)
     if mask is not None:
         targets, advantages = targets.masked_fill(~mask, 0), advantages.masked_fill(~mask, 0)

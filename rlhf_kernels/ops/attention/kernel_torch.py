@@ -89,7 +89,8 @@ def backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, see: Tensor | None, causal: bool, scale: float) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    # SDPA takes no symbolic truth, which a graph for any number of heads has here.
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
     # Elsewhere grouped heads would fall to the kernel that holds every score.
     native = q.device.type == "cpu" or (see is None and q.dtype != torch.float32)
     if grouped and not native:
