@@ -20,8 +20,9 @@ def sigmoid(x):
 
 @triton.jit
 def row_start(row, stride, group, apart):
-    """Where a row lies, by what launch.row_groups gives; `row` is an int64."""
-    return row // group * apart + row % group * stride
+    """Where a row lies, by what launch.row_groups gives; `row` is a program's number, divided in 32 bits."""
+    outer = row // group
+    return outer.to(tl.int64) * apart + (row - outer * group).to(tl.int64) * stride
 
 
 @triton.jit

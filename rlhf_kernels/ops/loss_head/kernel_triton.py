@@ -37,7 +37,7 @@ def forward_kernel(
     """One row: the largest z so far, and the sums of exp(z - largest) and (z - largest) exp(z - largest)."""
     row = tl.program_id(0).to(tl.int64)
     temperature = number(temperature, logits_ptr)
-    logits_ptr += row_start(row, stride, group, apart)
+    logits_ptr += row_start(tl.program_id(0), stride, group, apart)
     element = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     peak = tl.full((), float("-inf"), element)
     total = tl.full((), 0.0, element)
@@ -75,7 +75,7 @@ def backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     temperature = number(temperature, logits_ptr)
-    z = _scaled(logits_ptr + row_start(row, stride, group, apart), cols, size, temperature)
+    z = _scaled(logits_ptr + row_start(tl.program_id(0), stride, group, apart), cols, size, temperature)
     log_p = _difference(z - tl.load(peak_ptr + row), tl.load(log_total_ptr + row))
     to_logprob = tl.load(grad_logprob_ptr + row)
     to_entropy = tl.load(grad_entropy_ptr + row)
