@@ -142,13 +142,13 @@ def _reading(forward: Any, function: Any, ours: Any) -> Any:
         return None
     name = getattr(function, "__name__", "")
     if name in forward.__code__.co_names and forward.__globals__.get(name) is function:
-        return _made(forward, {**forward.__globals__, name: ours}, forward.__closure__)
+        return slots.over(forward, {name: ours}, forward.__closure__)
     inner = getattr(forward, "__wrapped__", None)
     made = _reading(inner, function, ours)
     if made is None:
         return None
     cells = [types.CellType(made) if _content(cell) is inner else cell for cell in forward.__closure__ or ()]
-    return _made(forward, forward.__globals__, tuple(cells))
+    return _made(forward, tuple(cells))
 
 
 def _content(cell: types.CellType) -> Any:
@@ -158,15 +158,16 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _made(function: Any, variables: dict[str, Any], closure: Any) -> Any:
-    made = types.FunctionType(function.__code__, variables, function.__name__, function.__defaults__, closure)
+def _made(function: Any, closure: Any) -> Any:
+    given = (function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+    made = types.FunctionType(*given)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 
 
 def _copy(function: Any) -> Any:
     """The function under a mark that says whose it is."""
-    made = _made(function, function.__globals__, function.__closure__)
+    made = _made(function, function.__closure__)
     made.__dict__.update(function.__dict__)
     setattr(made, _MARK, True)
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +85,19 @@ def held_in(registry: str, what: Any, ours: Any) -> list[Slot]:
         for key, value in dict(table).items()
         if value is what
     ]
+
+
+def over(function: Any, variables: dict[str, Any], closure: Any = None) -> Any:
+    """A function's code over its own globals but for these.
+
+    They bear no module's name: torch.compile would read that module's globals in their place.
+    """
+    own = {**function.__globals__, **variables}
+    own.pop("__name__", None)
+    made = FunctionType(function.__code__, own, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__module__ = function.__module__
+    return made
 
 
 def other_signature(original: Any, ours: Any) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.stacks import rebind
+from rlhf_kernels.stacks import rebind, slots
 from rlhf_kernels.stacks.peer import Peer
 from rlhf_kernels.stacks.rebind import Call, Rebinding, Target
 
@@ -31,7 +31,7 @@ def unwhitened_gae() -> Callable[..., tuple[Tensor, Tensor]]:
 
     plain = types.SimpleNamespace(masked_whiten=lambda advantages, mask: advantages)
     function = core_algos.compute_gae_advantage_return
-    return types.FunctionType(function.__code__, {**function.__globals__, "verl_F": plain})
+    return slots.over(function, {"verl_F": plain})
 
 
 def _gae() -> Callable[..., tuple[Tensor, Tensor]]:

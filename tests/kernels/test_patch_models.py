@@ -163,3 +163,12 @@ def test_a_mask_of_two_dimensions_never_meets_the_stacks_own_attention():
     with rlhf_kernels.patch("transformers", only=["attention_mask"]) as patched:
         assert not patched.replaced
         assert patched.left["attention_mask"] == "it goes with attention, which is not replaced"
+
+
+def test_a_model_that_is_patched_alone_compiles_to_the_same():
+    model, batch = _model("llama", num_hidden_layers=1), {"input_ids": _batch()["input_ids"]}
+    expected = model(**batch).logits.detach()
+    with rlhf_kernels.patch(model):
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="aot_eager")(**batch).logits.detach()
+    _equal([expected], [found])
