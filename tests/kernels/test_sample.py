@@ -123,6 +123,14 @@ def test_the_ends_of_the_unit_interval(options):
     assert sample(logits, uniform=uniform, **options)[0].tolist() == [1, 5, 5]
 
 
+@BACKENDS
+def test_numbers_outside_of_the_unit_interval_are_the_nearest_inside(backend):
+    logits = torch.tensor([-math.inf, 0.0, 1.0, -math.inf]).expand(5, -1)
+    uniform = torch.tensor([1.0, 1.5, math.inf, -0.5, 0.0]).to(torch.bfloat16)
+    with rlhf_kernels.backend(backend):
+        assert sample(logits, uniform=uniform)[0].tolist() == [2, 2, 2, 1, 1]
+
+
 def test_the_tail_of_a_large_vocabulary_is_drawn():
     """200,000 tokens share 0.02 % beside a likely one; float32 sums would lump a hundred of them together."""
     v = 200_001
@@ -209,6 +217,7 @@ LOGITS = torch.zeros(2, 5)
         ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1.5"),
         ({"uniform": torch.rand(3)}, ValueError, r"one number for each row, \(2,\), got \(3,\)"),
         ({"uniform": 0.5}, TypeError, "uniform must be a tensor, got float"),
+        ({"generator": 0}, TypeError, r"a torch.Generator, got int. .*torch.Generator\(\).manual_seed"),
     ],
 )
 def test_bad_input(change, error, text):

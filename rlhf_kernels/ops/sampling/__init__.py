@@ -9,6 +9,9 @@ from rlhf_kernels.runtime.checks import floating, on, positive, shaped
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
+# At 1, or rounded to it from more digits, no token would be reached.
+_BELOW_1 = 1 - 2.0**-53
+
 
 def _fake(logits: Tensor, uniform: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -55,7 +58,8 @@ def sample(
             one token at least. In (0, 1]; None or 1 keeps all.
         generator: of the random numbers; on the CPU it gives the same numbers for logits on a GPU.
         uniform: [B], the random numbers themselves, in [0, 1); then `generator` is not used. For common
-            random numbers, and for torch.compile(fullgraph=True), which takes no generator.
+            random numbers, and for torch.compile(fullgraph=True), which takes no generator. What lies
+            outside counts as the nearest inside: rounded to 16 bits some are 1.
 
     Returns:
         token [B] int64; logprob [B], under softmax(logits / temperature) without truncation; log_mass [B],
@@ -76,6 +80,11 @@ def sample(
         temperature, top_k = 1.0, 1
     _check_options(temperature, top_k, top_p)
     if uniform is None:
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"sample(): generator must be a torch.Generator, got {type(generator).__name__}. "
+                "A seed makes one: torch.Generator().manual_seed(seed)."
+            )
         device = logits.device if generator is None else generator.device
         uniform = torch.rand(logits.shape[0], dtype=torch.float64, device=device, generator=generator)
         uniform = uniform.to(logits.device)
@@ -83,7 +92,8 @@ def sample(
         floating("sample", "uniform", uniform)
         shaped("sample", "uniform", uniform, logits.shape[:1], "one number for each row")
         on("sample", "logits", logits, "uniform", uniform)
-    return _sample(logits, uniform.double(), temperature, top_k, None if top_p == 1 else top_p)
+        uniform = uniform.double().clamp(0.0, _BELOW_1)
+    return _sample(logits, uniform, temperature, top_k, None if top_p == 1 else top_p)
 
 
 def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
