@@ -2,12 +2,17 @@
 
 A module gets a `forward` of its own, bound to itself, the model a loss function of its own, and attention by
 name through `set_attn_implementation`. Classes, functions and other models stay as they are.
+
+A deep copy of a patched model is patched too, and what is pickled is the plain model. Neither belongs to the
+first patch: `patch(copy)` takes it over.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import types
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +28,38 @@ _MARK = "_rlhf_kernels_patch"
 _NAME = (
     "rlhf_kernels"  # of our attention in transformers' registries; it stays there, as register() has no undo
 )
+# Models and modules that a patch holds.
+_held: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class _Attribute(Slot):
+    """An attribute of a module's own."""
+
+    def put(self, value: Any) -> None:
+        super().put(value)
+        _held.add(self.holder)
+
+    def restore(self) -> str | None:
+        complaint = super().restore()
+        _held.discard(self.holder)
+        return complaint
+
+
+class _Loss:
+    """Our loss, which is the original in a file."""
+
+    def __init__(self, ours: Any, original: Any) -> None:
+        self._ours, self._original = ours, original
+        setattr(self, _MARK, True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._ours(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> _Loss:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copy.copy, (self._original,)  # which gives a function itself: no name of ours is in the file
 
 
 class _Implementation(NamedTuple):
@@ -42,9 +79,11 @@ class _Implementation(NamedTuple):
             AttentionInterface.register(name, our_attention(functions["sdpa"]))
             AttentionMaskInterface.register(name, our_mask(masks["sdpa"]))
         self.model.set_attn_implementation(name)
+        _held.add(self.model)
 
     def restore(self) -> str | None:
         """Puts back what was there; says so where it is no longer ours to take away."""
+        _held.discard(self.model)
         if self.model.config._attn_implementation != self.ours:
             return "the model's attention was chosen anew by other code meanwhile and stays as it is"
         self.model.set_attn_implementation(self.before)
@@ -61,10 +100,11 @@ def patch_model(
     patched.target, patched.left = type(model).__name__, {}
     with patching.LOCK:
         patching.refuse_double(patched.target, names)
-        if any(hasattr(vars(one).get("forward"), _MARK) for one in model.modules()) or _ours(model):
+        if any(one in _held for one in model.modules()):
             raise PatchError(
                 f"patch({patched.target}): this model is patched already: call undo() on the first patch"
             )
+        _clear(model)
         try:
             for rebinding in (one for one in names if one.fits(version, target)):
                 _replace(patched, model, rebinding, asked=only is not None)
@@ -79,8 +119,18 @@ def patch_model(
     return patched
 
 
-def _ours(model: Any) -> bool:
-    return any(hasattr(vars(one).get("_loss_function"), _MARK) for one in model.modules())
+def _clear(model: Any) -> None:
+    """Takes out what a copy of a patched model has from it."""
+    for module in model.modules():
+        forward, loss = (vars(module).get(name) for name in ("forward", "_loss_function"))
+        # Read from a file, where a bound method is a name, it is the class's.
+        plain = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+        if plain or hasattr(forward, _MARK):
+            del module.forward
+        if hasattr(loss, _MARK):
+            del module._loss_function
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == _NAME:
+        model.set_attn_implementation("sdpa")
 
 
 def _replace(patched: Patched, model: nn.Module, rebinding: Rebinding, asked: bool) -> None:
@@ -121,16 +171,17 @@ def _slots(model: nn.Module, rebinding: Rebinding, original: Any, ours: Any) -> 
         forward = type(module).forward
         bound = None
         if rebinding.name == "loss":
-            if getattr(module, "loss_function", None) is original and "_loss_function" not in vars(module):
-                own = _copy(ours)
-                yield Slot(f"{name or 'model'}.loss_function", module, "_loss_function", slots.ABSENT, own)
+            if getattr(module, "loss_function", None) is original:
+                label = f"{name or 'model'}.loss_function"
+                before = vars(module).get("_loss_function", slots.ABSENT)
+                yield _Attribute(label, module, "_loss_function", before, _Loss(ours, original))
         elif forward is original:
             bound = ours
         else:
             bound = _reading(forward, original, ours)
         if bound is not None and "forward" not in vars(module):
             method = types.MethodType(_copy(bound), module)
-            yield Slot(f"{name}.forward", module, "forward", slots.ABSENT, method)
+            yield _Attribute(f"{name}.forward", module, "forward", slots.ABSENT, method)
 
 
 def _reading(forward: Any, function: Any, ours: Any) -> Any:

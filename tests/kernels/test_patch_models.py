@@ -1,6 +1,7 @@
 """Patched causal models of transformers against themselves: loss, logits, every gradient, left padding."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -91,6 +92,41 @@ def test_a_model_alone_is_patched_and_its_twin_is_not():
             rlhf_kernels.patch(model)
     assert model.config._attn_implementation == "sdpa"
     assert not any({"forward", "_loss_function"} & vars(module).keys() for module in model.modules())
+
+
+def _own_attributes(model):
+    return [key for module in model.modules() for key in {"forward", "_loss_function"} & vars(module).keys()]
+
+
+def test_a_file_holds_the_plain_model():
+    model, read = _model("llama", num_hidden_layers=1), io.BytesIO()
+    before = _results(model)
+    with rlhf_kernels.patch(model) as patched:
+        torch.save(model, read)
+        names = [one.name for one in patched.replaced]
+    assert b"rlhf_kernels" not in read.getvalue()
+    model = torch.load(io.BytesIO(read.getvalue()), weights_only=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, _results(model)))
+    with rlhf_kernels.patch(model) as patched:
+        assert [one.name for one in patched.replaced] == names
+        _equal(before, _results(model))
+    assert set(_own_attributes(model)) <= {"_loss_function"}  # that of the file, which is the stack's
+    assert all(torch.equal(a, b) for a, b in zip(before, _results(model)))
+
+
+def test_a_copy_of_a_patched_model_is_taken_over():
+    model = _model("llama", num_hidden_layers=1)
+    before = _results(model)
+    with rlhf_kernels.patch(model, only=["llama.rotary", "loss", "attention"]):
+        twin = copy.deepcopy(model)
+        ours = sorted(_own_attributes(model))
+        rlhf_kernels.patch(twin).undo()
+        assert not _own_attributes(twin)
+        assert twin.config._attn_implementation == "sdpa"
+        assert all(torch.equal(a, b) for a, b in zip(before, _results(twin)))
+        assert sorted(_own_attributes(model)) == ours
+        assert model.config._attn_implementation == "rlhf_kernels"
+    assert not _own_attributes(model)
 
 
 def test_a_model_and_its_class_are_not_patched_twice():
