@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from threading import Lock
 from types import ModuleType
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf_kernels.runtime import native, tuned
+from rlhf_kernels.runtime import checks, native, tuned
 
 BACKENDS = ("reference", "torch", "native", "triton", "gluon")
 
@@ -47,11 +47,14 @@ class Choice:
     dtype: torch.dtype
     backend: str
     reason: str
-    kernel: Any  # the module, or a runtime.tuned.Kernel over it
+    kernel: Any  # the module, or a runtime.tuned.Kernel over it; None in what was pickled
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.op} on {self.device} in {dtype}: {self.backend} ({self.reason})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Choice, (self.op, self.device, self.dtype, self.backend, self.reason, None)
 
 
 def _parse(text: str) -> tuple[tuple[str, str], ...]:
@@ -61,8 +64,9 @@ def _parse(text: str) -> tuple[tuple[str, str], ...]:
         op, _, name = item.rpartition("=")
         if name not in BACKENDS:
             raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+        op = RUN_BY.get(op, op)
         if op and op not in OPS and OPS:
-            raise ValueError(f"unknown op {op!r} in {text!r}: expected one of {', '.join(sorted(OPS))}")
+            raise ValueError(f"unknown op {op!r} in {text!r}: expected one of {_known()}")
         pairs.append((op or "*", name))
     return tuple(pairs)
 
@@ -76,12 +80,18 @@ class Override(NamedTuple):
 
 
 OPS: dict[str, Op] = {}
+# Functions without kernels of their own -> the op whose kernels run.
+RUN_BY: dict[str, str] = {}
 _override: ContextVar[Override | None] = ContextVar("rlhf_kernels_backend", default=None)
 # Whether any `with` block is entered in any thread: compiled graphs are made for one answer or the other.
 overridden = False
 _entered = 0
 _entering = Lock()
 _warned: set[str] = set()
+
+
+def _known() -> str:
+    return ", ".join(sorted({*OPS, *RUN_BY}))
 
 
 @cache
@@ -274,9 +284,18 @@ def explain(op: str, *, device: str | torch.device = "cpu", dtype: torch.dtype =
 
     Raises:
         ValueError: no such op.
+        TypeError: no op takes this dtype.
     """
-    if op not in OPS:
-        raise ValueError(f"unknown op {op!r}: expected one of {', '.join(sorted(OPS))}")
+    by = RUN_BY.get(op, op)
+    if by not in OPS:
+        raise ValueError(f"unknown op {op!r}: expected one of {_known()}")
+    if dtype not in checks.FLOATING:
+        got = str(dtype).removeprefix("torch.")
+        raise TypeError(f"explain(): dtype must be float32, bfloat16, float16 or float64, got {got}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)
-        return OPS[op].decide(torch.device(device).type, dtype)
+        choice = OPS[by].decide(torch.device(device).type, dtype)
+    notes = [choice.reason] if by == op else [choice.reason, f"by the kernels of {by}"]
+    if choice.device == "cuda" and not torch.cuda.is_available():
+        notes.append("PyTorch sees no GPU here")
+    return replace(choice, op=op, reason="; ".join(notes))

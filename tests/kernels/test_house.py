@@ -1,6 +1,7 @@
 """The house itself: choice of backends, overrides, strict mode, import cost."""
 
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -67,6 +68,24 @@ def test_explain_names_backend_and_reason():
 def test_explain_unknown_op_names_the_ops():
     with pytest.raises(ValueError, match=r"unknown op 'swigloo': expected one of .*swiglu"):
         rlhf_kernels.explain("swigloo")
+
+
+def test_every_function_is_explained_and_put_on_a_backend():
+    for spec in load_specs().values():
+        name = spec.name
+        with rlhf_kernels.backend(f"{name}=torch"):
+            choice = rlhf_kernels.explain(name)
+            assert (choice.op, choice.backend) == (name, "torch")
+            assert spec.op.choose(torch.ones(2)).__name__.endswith("kernel_torch")
+    assert str(choice) == str(pickle.loads(pickle.dumps(choice)))
+    assert rlhf_kernels.explain("lambda_return").reason.endswith("by the kernels of gae")
+
+
+def test_explain_says_what_cannot_run(monkeypatch):
+    with pytest.raises(TypeError, match=r"explain\(\): dtype must be float32, .* got int64"):
+        rlhf_kernels.explain("gae", dtype=torch.int64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "; PyTorch sees no GPU here" in str(rlhf_kernels.explain("attention", device="cuda"))
 
 
 def test_backend_context_is_scoped_and_nested():

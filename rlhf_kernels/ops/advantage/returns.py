@@ -9,6 +9,9 @@ from torch import Tensor
 
 from rlhf_kernels.ops.advantage.recurrence import per_row
 from rlhf_kernels.runtime.checks import matrix
+from rlhf_kernels.runtime.dispatch import RUN_BY
+
+RUN_BY.update(discounted_return="gae", lambda_return="gae")
 
 Gae = Callable[..., tuple[Tensor, Tensor]]
 
