@@ -75,6 +75,8 @@ class Patched:
         lines += [f"  {name} left: {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def undo(self) -> None:
         """Puts every attribute back to the object it was; a second call does nothing.
 
@@ -147,7 +149,7 @@ def patch(
 
     Args:
         target: "transformers", "trl", "verl", "openrlhf" or "palm_rlhf_pytorch"; or a causal model of
-            transformers, which then is patched alone.
+            transformers, which then is patched alone. Case and hyphens are as you like.
         only: names of what to replace, as `Patched` lists them. None means all that pay on this machine and
             keep the stack's results; what is named here is replaced in any case.
         backend: runs the forward of the replacements on this backend, as `rlhf_kernels.backend` does.
@@ -207,13 +209,14 @@ def refuse_double(target: str, wanted: Sequence[Rebinding]) -> None:
 
 
 def find(name: Any) -> Target:
-    """The stack of that name. ValueError or TypeError where there is none."""
+    """The stack of that name, in any case, hyphens or not. ValueError or TypeError where there is none."""
     if not isinstance(name, str):
         raise TypeError(f"patch(): expected the name of a stack or a model, got {type(name).__name__}")
     known = targets()
-    if name not in known:
+    found = known.get(name.strip().lower().replace("-", "_"))
+    if found is None:
         raise ValueError(f"patch(): unknown target {name!r}: expected one of {', '.join(known)}")
-    return known[name]
+    return found
 
 
 def select(target: Target, only: Iterable[str] | None) -> list[Rebinding]:

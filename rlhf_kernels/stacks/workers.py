@@ -32,8 +32,8 @@ def watch(names: str, *, allow_untested: bool = False) -> list[Patched]:
         PatchError: a stack is not installed, or its version was not checked.
     """
     found = []
-    for name in dict.fromkeys(filter(None, (part.strip() for part in names.split(",")))):
-        target = patching.find(name)
+    wanted = map(patching.find, filter(None, (part.strip() for part in names.split(","))))
+    for target in {target.name: target for target in wanted}.values():
         version = patching.version_of(target, allow_untested)
         patched = Patched(target, version, None)
         watcher = _Watcher(patched, [r for r in target.rebindings if r.fits(version, target)])

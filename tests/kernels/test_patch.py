@@ -57,6 +57,14 @@ def test_a_wrong_name_is_one_sentence(arguments, error, message):
     assert "\n" not in str(raised.value)
 
 
+def test_a_stacks_name_is_known_as_people_write_it():
+    for written in ("TRL", "palm-rlhf-pytorch", "OpenRLHF", "Transformers"):
+        assert patching.find(written) is patching.find(written.lower().replace("-", "_"))
+    with rlhf_kernels.patch("VERL", only=["masked_whiten"]) as patched:
+        assert repr(patched) == str(patched)
+        assert repr(patched).startswith(f"verl {patched.version}: 1 replaced")
+
+
 def test_a_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setattr(patching, "_folder", lambda root: None)
     with pytest.raises(
