@@ -186,7 +186,9 @@ def _sentence(error: BaseException) -> str:
 
 
 def _complain(text: str) -> None:
-    print(f"palm-rlhf: {text}", file=sys.stderr)
+    from palm_rlhf.commands.terminal import visible
+
+    print(f"palm-rlhf: {visible(text)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import tyro
 
 from palm_rlhf.commands.common import HFOptions, Loaded
 from palm_rlhf.commands.steps import load_any
+from palm_rlhf.commands.terminal import visible
 from palm_rlhf.commands.train import make_reward
 from palm_rlhf.generation import Generation, best_of, generate
 from palm_rlhf.pipeline.sampling import read_prompt_texts
@@ -58,7 +59,8 @@ class Generate:
     device: str | None = None
     """cpu or cuda; default: the GPU if there is one."""
     json: bool = False
-    """One JSON object a line, with the log-probability of each response."""
+    """One JSON object a line, with the log-probability of each response; else control characters are spelled
+    out."""
 
 
 FORM = Generate
@@ -122,4 +124,4 @@ def _entry(found: Generation, row: int, loaded: Loaded, prompt: str, stop: int) 
 
 def _shown(entry: dict[str, Any]) -> str:
     score = f"    [{entry['reward']:.3f}]" if "reward" in entry else ""
-    return f"{entry['prompt']}{entry['response']}{score}"
+    return visible(f"{entry['prompt']}{entry['response']}{score}")

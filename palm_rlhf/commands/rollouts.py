@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from palm_rlhf.commands.common import WEIGHTS, Loaded, hf_name, load_model
+from palm_rlhf.commands.terminal import visible
 from palm_rlhf.pipeline.files import config_path
 from palm_rlhf.rollout import Rollout
 from palm_rlhf.rollout.store import FILE, RolloutStore
@@ -54,6 +55,8 @@ FORM = Rollouts
 def run(args: Rollouts, line: str) -> int:
     """Prints a line for each rollout, or for each response; or writes pairs."""
     folder = args.run / FOLDER if (args.run / FOLDER).is_dir() else args.run
+    if not args.run.exists():
+        raise ValueError(f"--run {args.run}: there is no such folder")
     if not (folder / FILE).is_file():
         raise ValueError(f"{args.run} has no rollouts. Train with --keep-rollouts to keep them.")
     if args.show < 1:
@@ -155,7 +158,7 @@ def _responses(args: Rollouts, store: RolloutStore) -> int:
         print(
             json.dumps(entry)
             if args.json
-            else f"[{entry['reward']:.3f}] {entry['prompt']}{entry['response']}"
+            else visible(f"[{entry['reward']:.3f}] {entry['prompt']}{entry['response']}")
         )
     return 0
 

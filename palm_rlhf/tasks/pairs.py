@@ -109,8 +109,8 @@ def split_groups(groups: Sequence[Any], held_out: float, seed: int) -> tuple[lis
         held.update(there[place])
     if not 0 < len(held) < len(groups):
         raise ValueError(
-            f"held_out={held_out} of {len(groups)} examples with {len(members)} prompts leaves one side "
-            "empty. Choose a share inside (0, 1), or give more examples."
+            f"a share of {held_out:g} held out (--held-back) of {len(groups)} examples with {len(members)} "
+            "prompts leaves one side empty. Choose one inside (0, 1), or give more examples."
         )
     return [index for index in range(len(groups)) if index not in held], sorted(held)
 

@@ -26,13 +26,19 @@ def cache_directory() -> Path:
 
 
 def write_aside(path: str | Path, data: str | bytes) -> Path:
-    """Writes a file under another name and renames it; makes its directory where there is none."""
+    """Writes a file under another name and renames it; makes its directory where there is none.
+
+    An OSError names `path`, whichever of the two could not be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         aside.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         aside.unlink(missing_ok=True)
     return path

@@ -1,6 +1,7 @@
 """palm-rlhf and mistakes: each costs one sentence and exit code 64, and nothing else."""
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def made(tmp_path_factory):
             "--max-new-tokens must be at least 1",
         ),
         (["generate", "--model", "nowhere", "--prompt", "a"], "there is no checkpoint nowhere"),
+        (["rollouts", "--run", "nowhere"], "--run nowhere: there is no such folder"),
     ],
 )
 def test_a_wrong_command_line_costs_one_sentence_and_nothing_else(
@@ -241,6 +243,27 @@ def test_options_of_generation_that_cannot_be(made, capsys):
         assert flag[2:].replace("-", "_") in refused(capsys, *words, flag, value)
 
 
+def test_a_terminal_gets_no_commands_from_texts(made, tmp_path, capsys):
+    (tmp_path / "own.py").write_text("def none(prompt, response):\n    raise ValueError(prompt)\n")
+    text = "so\x1b[2J\x9b31m\r\t\x7f much\n"
+    words = ["generate", "--model", made / "text", "--prompt", text, "--max-new-tokens", 1]
+    capsys.readouterr()
+    assert called(*words) == 0
+    assert capsys.readouterr().out.startswith("so\\x1b[2J\\x9b31m\\x0d\t\\x7f much\n")
+    assert called(*words, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == text
+    said = refused(capsys, *words, "--best-of", 2, "--reward", f"{tmp_path / 'own.py'}:none")
+    assert "raised ValueError: so\\x1b[2J\\x9b31m" in said
+    assert not set(said) & set("\x1b\x9b\r\x7f")
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(made, tmp_path, capsys):
+    words = ["sample", "--model", made / "text", "--prompts-file", made / "prompts.txt", "--quiet"]
+    out = tmp_path / "samples.jsonl"
+    (tmp_path / "samples.jsonl.config.json").mkdir()
+    assert refused(capsys, *words, "--out", out) == f"{out}.config.json: Is a directory"
+
+
 def test_mistakes_are_told_without_box_characters_as_well(capsys, monkeypatch):
     """The parser draws its boxes by what standard output can show."""
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
@@ -276,6 +299,7 @@ def test_pairs_that_do_not_serve(made, tmp_path, capsys):
         ("", "is empty"),
         ("{", "line 1: no JSON"),
         ('{"chosen": "a"}\n', '"rejected" is missing'),
+        ('{"chosen": "a", "rejected": "b"}\n', "a share of 0.1 held out (--held-back) of 1 examples"),
     ):
         file.write_text(text)
         said = refused(capsys, "reward", "--model", made / "text", "--pairs", file, "--out", tmp_path / "run")

@@ -1,6 +1,7 @@
 """`palm-rlhf train` with other rows of the table than PPO, rollouts that are kept, rewards by name."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -115,6 +116,7 @@ def test_rollouts_are_kept_listed_and_shown(made, tmp_path, capsys):
     assert called("rollouts", "--run", out, "--step", 0) == 0, (
         "the run is not finished: the first model's tokens"
     )
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", capsys.readouterr().out)
     assert "no rollout of step 7; there are: 0 to 1" in refused(capsys, "rollouts", "--run", out, "--step", 7)
     assert "Train with --keep-rollouts" in refused(capsys, "rollouts", "--run", made / "text")
 
