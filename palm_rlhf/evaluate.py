@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from palm_rlhf.generation import side_by_side
 from palm_rlhf.models.protocol import CausalModel
 from palm_rlhf.models.value import Policy
+from palm_rlhf.padding import side_by_side
 from palm_rlhf.pipeline.sampling import Prompt, Sampler, SamplingOptions, sample_rows
 from palm_rlhf.pipeline.scoring import Answer, Scorer, answers_of
 from palm_rlhf.tasks.pairs import Pair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palm_rlhf.models.protocol import CausalModel, Head
+from palm_rlhf.padding import left_padded
 from palm_rlhf.seeds import seeds_of, uniforms
 from rlhf_kernels import sample
 from rlhf_kernels.runtime.linear import pack, packed_linear
@@ -92,37 +94,6 @@ def joined(parts: Sequence[Generation], pad: int = 0) -> Generation:
     return Generation(prompt_width=width, **{name: torch.cat(tensors) for name, tensors in found.items()})
 
 
-def left_padded(
-    prompts: Sequence[Sequence[int] | Tensor], pad: int = 0, device: Any = None
-) -> tuple[Tensor, Tensor]:
-    """Tokens and mask [B, P] of prompts that end together; ValueError for an empty one."""
-    rows = [torch.as_tensor(prompt, dtype=torch.int64).flatten() for prompt in prompts]
-    if not rows or not all(len(row) for row in rows):
-        which = next((i for i, row in enumerate(rows) if not len(row)), None)
-        raise ValueError(
-            "generate(): there are no prompts" if which is None else f"generate(): prompt {which} is empty"
-        )
-    width = max(map(len, rows))
-    tokens = torch.stack([F.pad(row, (width - len(row), 0), value=pad) for row in rows])
-    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows])
-    return tokens.to(device), mask.to(device)
-
-
-def side_by_side(
-    prompts: Sequence[Sequence[int] | Tensor], responses: Sequence[Sequence[int]], pad: int = 0
-) -> tuple[Tensor, Tensor, int]:
-    """Tokens and mask [B, P + R], and P: prompts padded on the left, responses on the right: they meet.
-
-    A response may be empty; ValueError for an empty prompt.
-    """
-    left, mask = left_padded(prompts, pad)
-    lengths = torch.tensor([len(response) for response in responses])
-    real = torch.arange(int(lengths.max())) < lengths[:, None]
-    right = torch.full(real.shape, pad)
-    right[real] = torch.tensor([token for response in responses for token in response], dtype=torch.int64)
-    return torch.cat([left, right], 1), torch.cat([mask, real], 1), left.shape[1]
-
-
 @torch.no_grad()
 def generate(
     model: CausalModel,
@@ -168,16 +139,16 @@ def generate(
         A Generation with [B * samples] rows.
 
     Raises:
-        TypeError: prompts are floating-point.
-        ValueError: a prompt is empty, a token is out of range, the model's greatest length is exceeded, there
-            are both seeds and a generator, or not as many seeds as responses.
+        TypeError: prompts are floating-point or texts, or a stop token is none.
+        ValueError: a prompt is empty or no list, a token is out of range, the model's greatest length is
+            exceeded, there are both seeds and a generator, or not as many seeds as responses.
     """
     tokens, mask = _prompts(model, prompts, mask, max_new_tokens, pad, samples)
     if seeds is not None:
         if generator is not None:
             raise ValueError("generate(): seeds and generator exclude each other: pass one of them")
         seeds = seeds_of(seeds, len(tokens)).to(tokens.device)
-    ends = [stop] if isinstance(stop, int) else sorted(stop or ())
+    ends = _stops(stop)
     for name, ids in (("stop", ends), ("pad", [pad])):
         _in_vocabulary(model, name, ids)
     policy, logits = model.for_sampling(scope), _Logits(model.head, max_new_tokens)
@@ -301,6 +272,17 @@ def _prompts(
             f"generate(): max_new_tokens and samples must be positive, got {max_new_tokens} and {samples}"
         )
     return tokens.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+
+
+def _stops(stop: Any) -> list[int]:
+    ids = () if stop is None else (stop,) if isinstance(stop, (int, str)) else stop
+    try:
+        return sorted(map(operator.index, ids))
+    except TypeError:
+        raise TypeError(
+            f"generate(): stop must be a token id or several, got {stop!r:.40}. A text is encoded by the "
+            "model's tokenizer."
+        ) from None
 
 
 def _in_vocabulary(model: CausalModel, name: str, ids: Iterable[int]) -> None:

@@ -10,10 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 from palm_rlhf.algorithms.critics import bin_centres
 from palm_rlhf.algorithms.preferences import expected_value
-from palm_rlhf.generation import side_by_side
 from palm_rlhf.models.finetune import learned, learned_dtype
 from palm_rlhf.models.packing import hidden_rows, placed
 from palm_rlhf.models.protocol import CausalModel
+from palm_rlhf.padding import side_by_side
 from rlhf_kernels import linear_logprob
 
 # Logits that are held at a time where only a few of each row are wanted.

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from palm_rlhf.generation import Generation, side_by_side
+from palm_rlhf.generation import Generation
+from palm_rlhf.padding import side_by_side
 from palm_rlhf.rewards import Ensemble, ImplicitReward, ModelReward, ProgrammaticReward, RewardError
 from palm_rlhf.rewards.classifier import Classifier
 from palm_rlhf.tokens import Tokenizer, first_ids, identity, prompt_ids

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from palm_rlhf.algorithms.offline_table import PAIR_ALGORITHMS
-from palm_rlhf.generation import side_by_side
 from palm_rlhf.models.checkpoint import load_palm, save_palm
 from palm_rlhf.models.palm import PaLM
 from palm_rlhf.models.value import Policy
+from palm_rlhf.padding import side_by_side
 from palm_rlhf.pipeline import (
     ModelSampler,
     PairOptions,
