@@ -71,9 +71,11 @@ def boolean(op: str, name: str, mask: Any, shape: tuple[int, ...], like: Tensor,
     if mask.dtype is torch.bool and mask.shape == shape and mask.device == like.device:
         return
     if mask.dtype != torch.bool:
+        is_mask = name.endswith("mask")  # else a flag, which nobody adds
+        real, additive = (" (True where real)", f"; an additive mask of 0 and -inf is {name} == 0")
         raise TypeError(
-            f"{op}(): {name} must be boolean (True where real), got {_dtype(mask)} {tuple(mask.shape)}. "
-            f"Convert with {name}.bool(); an additive mask of 0 and -inf is {name} == 0."
+            f"{op}(): {name} must be boolean{real * is_mask}, got {_dtype(mask)} {tuple(mask.shape)}. "
+            f"Convert with {name}.bool(){additive * is_mask}."
         )
     shaped(op, name, mask, shape, meaning)
     on(op, "the input", like, name, mask)

@@ -250,7 +250,10 @@ BAD_TYPES = {
     "integers": ({"rewards": X.long()}, r"rewards must be float32.*got int64 \(4, 16\). Cast with"),
     "values' dtype": ({"values": X.double()}, "dtype of rewards, float32, got float64. Cast with"),
     "float mask": ({"mask": X}, r"mask must be boolean \(True where real\), got float32"),
-    "integer done": ({"done": X.int()}, "done must be boolean.*got int32"),
+    "integer done": (
+        {"done": X.int()},
+        r"done must be boolean, got int32 \(4, 16\). Convert with done.bool\(\)\.$",
+    ),
     "next_value's dtype": ({"next_value": COLUMN.half()}, "next_value must have the dtype of rewards"),
     "tensor gamma": ({"gamma": torch.ones(())}, r"gamma must be a Python number, got Tensor.*\.item"),
     "text lam": ({"lam": "0.9"}, "lam must be a Python number, got str"),
@@ -264,8 +267,11 @@ BAD_VALUES = {
     ),
     "truncated's shape": ({"truncated": X[0].bool()}, "truncated must have the shape of rewards"),
     "device": ({"values": X.to("meta")}, "rewards is on cpu and values on meta. Move it"),
-    "next_value's length": ({"next_value": COLUMN[:3]}, "next_value must have one value for each row"),
-    "next_value's shape": ({"next_value": X[:, :3]}, "next_value must have the shape of rewards"),
+    "next_value's length": ({"next_value": COLUMN[:3]}, r"next_value must be \(4,\), a value after each row"),
+    "next_value's shape": (
+        {"next_value": X[:, :1]},
+        r"must be \(4,\), a value .*, or \(4, 16\), one after each step, got \(4, 1\)",
+    ),
     "mode": ({"mask_mode": "skip"}, "mask_mode must be 'carry' or 'zero', got 'skip'"),
 }
 

@@ -195,6 +195,11 @@ def test_linear_native_holds_one_block_of_logits():
             ValueError,
             "outputs must be among mean_logit, is_top1, log_sum_p2, got 'top'",
         ),
+        (
+            {"outputs": "mean_logit"},
+            TypeError,
+            r"outputs must be a list of names, got 'mean_logit'. Pass \['mean_logit'\]",
+        ),
     ],
 )
 def test_linear_bad_input(change, error, text):

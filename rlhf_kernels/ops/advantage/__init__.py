@@ -11,7 +11,7 @@ from rlhf_kernels.ops.advantage.off_policy import vtrace
 from rlhf_kernels.ops.advantage.recurrence import linear_recurrence
 from rlhf_kernels.ops.advantage.returns import discounted_return, lambda_return
 from rlhf_kernels.ops.advantage.token import token_advantages
-from rlhf_kernels.runtime.checks import boolean, floating, matrix, number, on, same, shaped
+from rlhf_kernels.runtime.checks import boolean, floating, matrix, number, on, same
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
@@ -137,13 +137,15 @@ def gae(
 
 
 def _check_next_value(rewards: Tensor, next_value: Any) -> None:
-    if isinstance(next_value, Tensor) and next_value.dim() == 2:
-        return same("gae", "rewards", rewards, "next_value", next_value)
     floating("gae", "next_value", next_value)
     if next_value.dtype != rewards.dtype:
         raise TypeError(
             f"gae(): next_value must have the dtype of rewards, {rewards.dtype}, got {next_value.dtype}. "
             "Cast with next_value.to(rewards.dtype)."
         )
-    shaped("gae", "next_value", next_value, rewards.shape[:1], "one value for each row, or for each step")
+    if next_value.shape != (rewards.shape if next_value.dim() == 2 else rewards.shape[:1]):
+        raise ValueError(
+            f"gae(): next_value must be {tuple(rewards.shape[:1])}, a value after each row, or "
+            f"{tuple(rewards.shape)}, one after each step, got {tuple(next_value.shape)}"
+        )
     on("gae", "rewards", rewards, "next_value", next_value)

@@ -215,6 +215,8 @@ def linear_logprob(
     if softcap is not None:
         positive(op, "softcap", softcap)
     if unknown := [name for name in outputs if name not in MORE]:
+        if isinstance(outputs, str):
+            raise TypeError(f"{op}(): outputs must be a list of names, got {outputs!r}. Pass [{outputs!r}].")
         raise ValueError(f"{op}(): outputs must be among {', '.join(MORE)}, got {unknown[0]!r}")
     options = (temperature, softcap, ignore_index, sum(1 << MORE.index(name) for name in set(outputs)))
     if group is None:
