@@ -81,12 +81,24 @@ def boolean(op: str, name: str, mask: Any, shape: tuple[int, ...], like: Tensor,
     on(op, "the input", like, name, mask)
 
 
+def readable(x: Tensor) -> bool:
+    """Whether the numbers can be looked at: not on a GPU, which would be waited for, nor while a graph is
+    made or torch.func transforms, when there may be none."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def tokens(
     op: str, name: str, ids: Any, shape: tuple[int, ...], like: Tensor, size: int, ignored: int | None = None
 ) -> None:
     """TypeError or ValueError unless `ids` are int64 numbers of this shape, below `size` but for `ignored`.
 
-    The range is looked at in eager calls on the CPU only: on a GPU it would wait for the device.
+    The range is looked at where that is possible: see `readable`.
     """
     if not isinstance(ids, Tensor):
         raise TypeError(f"{op}(): {name} must be an int64 tensor, got {type(ids).__name__}")
@@ -96,7 +108,7 @@ def tokens(
         )
     shaped(op, name, ids, shape, "one token for each row")
     on(op, "the input", like, name, ids)
-    if type(ids) is not Tensor or ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(ids):
         return
     outside = (ids < 0) | (ids >= size)
     if ignored is not None:

@@ -251,3 +251,13 @@ def test_floats_of_triton_kernels_keep_their_digits_beside_float64():
     assert held.dtype == torch.float64
     assert held.item() == 0.7
     assert number(0.7, torch.zeros(2)) == 0.7
+
+
+def test_targets_of_a_batch_that_is_mapped_over():
+    logits, target = torch.randn(4, 3, 5), torch.randint(5, (4, 3))
+    hidden, weight = torch.randn(4, 3, 8), torch.randn(5, 8)
+    found = torch.func.vmap(lambda z, ids: logprob(z, ids)[0])(logits, target)
+    torch.testing.assert_close(found, logprob(logits, target)[0])
+    found = torch.func.vmap(lambda h, ids: linear_logprob(h, weight, ids)[0])(hidden, target)
+    expected = linear_logprob(hidden.flatten(0, 1), weight, target.flatten())[0]
+    torch.testing.assert_close(found.flatten(), expected)

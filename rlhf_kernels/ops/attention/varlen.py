@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels.ops.attention.arguments import TABLES, check_heads, checked_options
 from rlhf_kernels.ops.rotary import RotaryTables
-from rlhf_kernels.runtime.checks import on
+from rlhf_kernels.runtime.checks import on, readable
 from rlhf_kernels.runtime.dispatch import Op
 from rlhf_kernels.runtime.library import Operator
 
@@ -134,7 +134,7 @@ def attention_varlen(
 
 
 def _check_bounds(name: str, bounds: Any, q: Tensor, rows: int) -> None:
-    """The range is looked at in eager calls on the CPU only: on a GPU it would wait for the device."""
+    """The range is looked at where that is possible: see `checks.readable`."""
     if not isinstance(bounds, Tensor) or bounds.dtype not in (torch.int32, torch.int64):
         got = str(bounds.dtype) if isinstance(bounds, Tensor) else type(bounds).__name__
         raise TypeError(
@@ -144,7 +144,7 @@ def _check_bounds(name: str, bounds: Any, q: Tensor, rows: int) -> None:
     if bounds.dim() != 1 or bounds.numel() == 0:
         raise ValueError(f"{_NAME}(): {name} must be [n + 1] for n sequences, got {tuple(bounds.shape)}")
     on(_NAME, "q", q, name, bounds)
-    if type(bounds) is not Tensor or not bounds.is_cpu or torch.compiler.is_compiling():
+    if not readable(bounds):
         return
     if bounds[0] != 0 or bounds[-1] > rows or (bounds.diff() < 0).any():
         raise ValueError(
