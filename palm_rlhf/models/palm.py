@@ -18,6 +18,7 @@ from palm_rlhf.models.lora import PROJECTIONS, BlockLoRA
 from palm_rlhf.models.packing import Packing
 from palm_rlhf.models.protocol import IGNORED, Head
 from rlhf_kernels import RotaryTable, RotaryTables, layer_norm, linear_logprob, rotary_tables
+from rlhf_kernels.runtime.checks import readable
 
 # Tokens over rotary_xpos_scale_base: beyond, the factors of xPos leave float32's range (0.2857^-64 = 7e34).
 _XPOS_REACH = 128
@@ -171,7 +172,8 @@ class PaLM(nn.Module):
                 labels = labels.masked_fill(~(mask[:, 1:] & mask[:, :-1]), -1)
                 mask = mask[:, :-1]
         negative = x < 0
-        if bool(negative.any()):
+        # Where nobody can look, a mask that hides nothing costs less than to wait for a GPU or break a graph.
+        if not readable(x) or bool(negative.any()):
             mask = ~negative if mask is None else mask & ~negative
             x = x.masked_fill(negative, 0)
         scope = None if disable_lora else finetune_scope

@@ -50,6 +50,16 @@ def test_negative_ids_hide_tokens_as_in_palm_rlhf_pytorch_where_they_are_real(ca
     torch.testing.assert_close(found[real], record["outputs"]["logits_of_padded"][real], **SAME)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_forward_pass_is_one_graph_and_waits_for_no_number(make_palm, tokens, padded):
+    model = make_palm(depth=1)
+    ids = tokens.clone()
+    ids[0, :3] = -1 if padded else 1
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids), model(ids))
+    assert model.to("meta")(ids.to("meta")).shape == (*ids.shape, model.num_tokens)
+
+
 @pytest.mark.parametrize("scope", ["actor", "critic"])
 def test_adapters_give_what_they_give_in_palm_rlhf_pytorch(scope):
     record = RECORDS["lora"]
