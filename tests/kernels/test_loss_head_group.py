@@ -79,6 +79,14 @@ def _slices_are_the_whole(rank, backends):
     # A slice that has become NaN is no masked one.
     found = logprob(torch.full((2, 4), math.nan if rank else 0.0), target[:2] % 8, group=dist.group.WORLD)
     assert all(t.isnan().all() for t in found)
+    # One row alone, which has no dimension of rows.
+    logits = randn(8)
+    part = logits[4 * rank : 4 * rank + 4].clone().requires_grad_()
+    whole, one = logits.clone().requires_grad_(), torch.tensor(6)
+    got, want = logprob(part, one, group=dist.group.WORLD), logprob(whole, one)
+    torch.testing.assert_close(got, want)
+    (found,), (expected,) = (torch.autograd.grad(sum(r), t) for r, t in ((got, part), (want, whole)))
+    torch.testing.assert_close(found, expected[4 * rank : 4 * rank + 4])
     with pytest.raises(ValueError, match="at least 0 and below 8, got 8"):
         logprob(torch.zeros(2, 4), target[:2], group=dist.group.WORLD)
 

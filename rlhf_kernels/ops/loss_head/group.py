@@ -94,7 +94,7 @@ def _merge(
     logprob = torch.where(owner > 0, logprobs + log_share, 0).sum(0).clamp(max=0)
     # A target outside of the vocabulary, which only the CPU checks, gives NaN.
     whole = _Whole(logprob.where(share.known, torch.nan), entropy, peak, log_total, log_share)
-    return whole, torch.stack(more) if more else logprob[:0]
+    return whole, torch.stack(more) if more else logprob.new_empty(0)
 
 
 class _Logprob(torch.autograd.Function):
