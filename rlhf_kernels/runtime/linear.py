@@ -37,7 +37,8 @@ class _Linear(torch.autograd.Function):
         to_x, to_weight = ctx.needs_input_grad
         grad_x = product(grad, weight.t()) if to_x else None
         # Here both operands would have to be copied: MKL takes them as they are.
-        return grad_x, grad.flatten(0, -2).t() @ x.flatten(0, -2) if to_weight else None
+        rows, columns = (t.reshape(-1, t.shape[-1]) for t in (x, grad))
+        return grad_x, columns.t() @ rows if to_weight else None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -116,4 +117,5 @@ class Held:
         if self.blocks is None:
             return F.linear(x, self.weight) if self.packed is None else packed_linear(x, self.packed)
         rows = x.reshape(1, -1, x.shape[-1]).expand(len(self.blocks), -1, -1)
-        return torch.bmm(rows, self.blocks).transpose(0, 1).reshape(*x.shape[:-1], -1)
+        size = len(self.blocks) * _BLOCK
+        return torch.bmm(rows, self.blocks).transpose(0, 1).reshape(*x.shape[:-1], size)

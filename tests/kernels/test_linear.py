@@ -9,7 +9,7 @@ from rlhf_kernels.runtime import onednn
 from rlhf_kernels.runtime.linear import linear, pack, packed_linear
 
 needs_onednn = pytest.mark.skipif(not onednn.available(), reason="this PyTorch has no oneDNN")
-SHAPES = [((3, 5, 33), 17), ((1, 64), 300), ((2, 1, 48), 1), ((0, 7, 16), 9)]
+SHAPES = [((3, 5, 33), 17), ((1, 64), 300), ((2, 1, 48), 1), ((40,), 24), ((0, 7, 16), 9)]
 
 
 def operands(shape, columns, dtype=torch.float32):
@@ -42,7 +42,7 @@ def test_a_frozen_weight_and_a_strided_input():
 
 
 @needs_onednn
-@pytest.mark.parametrize(("shape", "columns"), SHAPES[:3])
+@pytest.mark.parametrize(("shape", "columns"), SHAPES[:4])
 def test_a_packed_weight_gives_the_same(shape, columns):
     x, weight = operands(shape, columns)
     table = torch.randn(2 * columns, 2)
@@ -85,6 +85,6 @@ def test_a_held_weight_gives_the_same_for_any_rows(rows, size, layout):
     _, weight = operands((1, 40), size)
     held = module.Held(weight, rows)
     assert [name for name, value in vars(held).items() if value is not None] == [layout[rows]]
-    for shape in ((1, 40), (2, 1, 40), (1, 5, 40), (2, 3, 40)):
+    for shape in ((1, 40), (2, 1, 40), (1, 5, 40), (2, 3, 40), (40,), (0, 40)):
         x, _ = operands(shape, 1)
         torch.testing.assert_close(held(x), F.linear(x, weight), rtol=1e-5, atol=1e-5)
