@@ -261,3 +261,11 @@ def test_targets_of_a_batch_that_is_mapped_over():
     found = torch.func.vmap(lambda h, ids: linear_logprob(h, weight, ids)[0])(hidden, target)
     expected = linear_logprob(hidden.flatten(0, 1), weight, target.flatten())[0]
     torch.testing.assert_close(found.flatten(), expected)
+
+
+@BACKENDS
+@pytest.mark.parametrize("size", [torch.finfo(torch.float32).min, 1e17])
+def test_equal_logits_of_any_size_are_equally_likely(backend, size):
+    with rlhf_kernels.backend(backend):
+        found, entropy = logprob(torch.full((1, 50), size), torch.tensor([3]))
+    assert (found.item(), entropy.item()) == pytest.approx((-math.log(50), math.log(50)))

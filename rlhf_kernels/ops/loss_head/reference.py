@@ -14,10 +14,13 @@ def forward(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor,
     And the largest z and log sum exp(z - largest), whose sum is the log of the softmax's denominator: what a
     backward needs to do without another pass, in two parts since their sum has fewer digits.
     """
-    z = logits.double() / temperature
-    peak = z.amax(-1)
-    log_total = (z - peak.unsqueeze(-1)).logsumexp(-1)
-    log_p = z - (peak + log_total).unsqueeze(-1)
+    wide = logits.double()
+    largest = wide.amax(-1)
+    # Differences first: beside a large peak neither they nor log_total would have digits.
+    shifted = (wide - largest.unsqueeze(-1)) / temperature
+    log_total = shifted.logsumexp(-1)
+    log_p = shifted - log_total.unsqueeze(-1)
+    peak = largest / temperature
     p = log_p.exp()
     entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(-1)  # p log p is 0 at p = 0
     logprob = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
