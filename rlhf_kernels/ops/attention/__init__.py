@@ -108,7 +108,8 @@ def attention(
 
     Returns:
         [B, H, T, D] in q's dtype, laid out so that `out.transpose(1, 2).reshape(B, T, H * D)` is a view; with
-        `return_lse` also [B, H, T] in float32 (float64 for float64). Both carry gradients.
+        `return_lse` also [B, H, T] in float32 (float64 for float64). Both carry gradients. Under autocast the
+        `torch` backend, which calls PyTorch's attention, may give autocast's dtype in place of q's.
 
     Raises:
         TypeError: an operand is no floating-point tensor, the mask is not boolean, rotary is no RotaryTables,

@@ -171,7 +171,8 @@ def linear_logprob(
         hidden: [N, E], floating-point: the inputs of the output layer.
         weight: [V, E], of hidden's dtype.
         target: [N], int64, below V, or `ignore_index`.
-        bias: [V], of hidden's dtype; -inf masks a part of the vocabulary.
+        bias: [V], of hidden's dtype; -inf masks a part of the vocabulary, unless there is a softcap,
+            which makes it -softcap.
         temperature: divides the (capped) logits.
         softcap: `softcap * tanh(logits / softcap)` before the temperature, as Gemma 2 has it.
         ignore_index: target of rows that do not count: both results are 0, and the row has no gradient and
