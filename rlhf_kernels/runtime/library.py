@@ -110,9 +110,8 @@ class Operator:
         kernel = self.op.choose(args[0], shape_class)
         found = kernel.forward(*args)
         some = type(found) is tuple and any(output is None for output in found)
-        if some or getattr(kernel, "DIFFERENTIABLE", False):
-            return _laid_out(found, self.fake(*args))
-        return found
+        plain = getattr(kernel, "DIFFERENTIABLE", False)
+        return _laid_out(found, self.fake, args) if some or plain else found
 
     def _run_backward(self, *args: Any) -> Any:
         forward_args, grads = self.replay(*args)
@@ -121,12 +120,12 @@ class Operator:
         if hasattr(kernel, "backward"):
             found = kernel.backward(*args)
             plain = getattr(kernel, "DIFFERENTIABLE", False)
-            return _laid_out(found, self.backward_fake(*args)) if plain else found
+            return _laid_out(found, self.backward_fake, args) if plain else found
         found = recomputed(kernel.forward, forward_args, grads)
         wanted = self.wanted(*args) if self.wanted else (True,) * len(self.wrt)
         asked = [found[i] if w else None for i, w in zip(self.wrt, wanted)]
         results = tuple(forward_args[0].new_empty(0) if grad is None else grad for grad in asked)
-        return _laid_out(results if len(results) > 1 else results[0], self.backward_fake(*args))
+        return _laid_out(results if len(results) > 1 else results[0], self.backward_fake, args)
 
     def _traced_for(self, args: tuple[Any, ...]) -> str:
         """What a graph is traced for; "" is our operator, which chooses at each call. Dynamo traces it."""
@@ -173,10 +172,21 @@ class Operator:
         return any(args[i] is not None and args[i].requires_grad for i in self.tensors)
 
 
-def _laid_out(found: Any, promised: Any) -> Any:
+def _laid_out(found: Any, fake: Callable[..., Any], args: Sequence[Any]) -> Any:
     """Outputs with the strides that graphs are told of, which plain PyTorch does not keep; zeros for None."""
-    if isinstance(found, tuple):
-        return tuple(map(_laid_out, found, promised))
+    outputs = found if isinstance(found, tuple) else (found,)
+    # Of contiguous inputs all outputs are, which is soon seen; `fake` allocates them.
+    if all(o is not None and o.is_contiguous() for o in outputs) and all(
+        a.is_contiguous() for a in args if isinstance(a, Tensor)
+    ):
+        return found
+    promised = fake(*args)
+    if not isinstance(found, tuple):
+        return _as(found, promised)
+    return tuple(map(_as, found, promised))
+
+
+def _as(found: Tensor | None, promised: Tensor) -> Tensor:
     if found is None:
         return promised.zero_()
     strides = zip(found.shape, found.stride(), promised.stride())
