@@ -1,11 +1,11 @@
 """Writes the tables of docs/patch.md from recorded rows of `rlhf-kernels patch TARGET --check --json`.
 
     rlhf-kernels patch verl --check --json > rows.json
-    python tools/patch_tables.py rows.json --record RECORD     # the rows go into the record, too
-    python tools/patch_tables.py --record RECORD [--check]     # write the tables, or only compare
+    python tools/patch_tables.py rows.json --record RECORD     # the rows go into that record, too
+    python tools/patch_tables.py [--check]                     # write the tables, or only compare
 
-RECORD is a file in benchmarks/results. A function is shown with its latest row; what `patch` leaves by
-declaration stands below the table.
+The tables are of all records, benchmarks/results/patch-cpu-*.jsonl, by date: a function is shown with its
+latest row. What `patch` leaves by declaration stands below the table.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from rlhf_kernels.engine.table import duration, size
 from rlhf_kernels.stacks import patching
 from rlhf_kernels.stacks.rebind import Target
 
-DOCS = Path(__file__).parents[1] / "docs" / "patch.md"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "patch.md"
+RESULTS = ROOT / "benchmarks" / "results"
+Key = tuple[str, str, str, str]
 HEADS = ["function", "by", "difference", "before", "ours", "speed-up", "memory before", "ours", "notes"]
 
 
@@ -51,13 +55,28 @@ def _line(row: dict[str, Any], note: str, version: str) -> str:
 
 
 def updated(text: str, rows: list[dict[str, Any]]) -> str:
-    """The documentation with the tables of these rows."""
+    """The documentation with the tables of these rows.
+
+    Raises:
+        ValueError: a table that has rows would have none.
+    """
     for name, target in patching.targets().items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         head, rest = text.split(begin)
-        own = [row for row in rows if row["target"] == name]
-        text = f"{head}{begin}" + "\n".join(lines_of(target, own)) + f"\n{end}{rest.split(end)[1]}"
+        before, after = rest.split(end)
+        lines = lines_of(target, [row for row in rows if row["target"] == name])
+        if "\n| `" in before and not any(line.startswith("| `") for line in lines):
+            raise ValueError(f"no record has a row of {name}, whose table has some")
+        text = f"{head}{begin}" + "\n".join(lines) + f"\n{end}{after}"
     return text
+
+
+def read(records: Sequence[Path]) -> dict[Key, dict[str, Any]]:
+    """The rows of all records; of two of one function the later."""
+    rows: dict[Key, dict[str, Any]] = {}
+    for record in records:
+        rows |= {_key(row): row for row in map(json.loads, record.read_text().splitlines())}
+    return rows
 
 
 def main() -> int:
@@ -66,25 +85,31 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("new", nargs="*", type=Path, help="files of `patch --check --json` to add")
-    parser.add_argument("--record", type=Path, required=True, help="the rows that are shown, one a line")
+    parser.add_argument("--record", type=Path, help="where what is added goes, one row a line")
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where it would")
     options = parser.parse_args()
     if missing := [path for path in options.new if not path.is_file()]:
         parser.error(f"no such file: {missing[0]}")
-    kept = options.record.read_text().splitlines() if options.record.is_file() else []
-    rows = {_key(row): row for row in map(json.loads, kept)}
-    for path in options.new:
-        rows |= {_key(row): row for row in json.loads(path.read_text()) if row["before_us"]}
+    if bool(options.new) != bool(options.record):
+        parser.error("expected files to add and the --record that they go into, or neither")
+    records = sorted(RESULTS.glob("patch-cpu-*.jsonl"))
+    rows = read(records)
+    new = {_key(row): row for path in options.new for row in json.loads(path.read_text()) if row["before_us"]}
     text = DOCS.read_text()
-    new = updated(text, list(rows.values()))
+    try:
+        tables = updated(text, list((rows | new).values()))
+    except ValueError as error:
+        parser.error(str(error))
     if options.check:
-        return int(new != text)
-    options.record.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    DOCS.write_text(new)
+        return int(tables != text)
+    if options.record:
+        kept = read([options.record] if options.record.is_file() else []) | new
+        options.record.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+    DOCS.write_text(tables)
     return 0
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, str, str]:
+def _key(row: dict[str, Any]) -> Key:
     return row["target"], row["version"], row["name"], row["device"]
 
 

@@ -164,3 +164,13 @@ def test_the_right_one_is_had_by_name():
         assert [one.name for one in held.replaced] == ["top_p:right"]
         assert palm.top_p(logits, thres=0.75).isfinite().sum() == 3
     assert slots.look_up("palm_rlhf_pytorch.palm:top_p", palm)
+
+
+def test_the_tables_of_the_documentation_are_those_of_all_records():
+    tool = runpy.run_path(str(ROOT / "tools" / "patch_tables.py"))
+    text, records = tool["DOCS"].read_text(), sorted(tool["RESULTS"].glob("patch-cpu-*.jsonl"))
+    assert all(record.name in text for record in records)
+    rows = tool["read"](records)
+    assert tool["updated"](text, list(rows.values())) == text, "run python tools/patch_tables.py"
+    with pytest.raises(ValueError, match="no record has a row of trl, whose table has some"):
+        tool["updated"](text, [row for row in rows.values() if row["target"] != "trl"])
