@@ -8,15 +8,18 @@ a pipe. What it measured so far is kept when it is interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import rlhf_kernels
-from rlhf_kernels.engine import commands, gate, reading, select, table
+from rlhf_kernels.engine import commands, gate, keeping, reading, select, table
 from rlhf_kernels.engine.conditions import WorkerError
 from rlhf_kernels.engine.history import METRICS
 from rlhf_kernels.engine.select import UsageError
@@ -34,7 +37,8 @@ examples:
   rlhf-kernels report results.jsonl            one HTML page of what bench --out has stored
   rlhf-kernels patch verl --check              a patched stack against itself: differences, time, memory
 
-exit codes: 0 fine, 1 regression, 2 incorrect, 3 environments differ, 64 usage,
+exit codes: 0 fine, 1 regression, 2 incorrect, 3 environments differ or a backend is not here, 64 usage,
+            70 it could not be done: a full disk, a process that died, a defect of ours,
             75 measure again (--inconclusive=rerun), 130 interrupted
 environment: RLHF_KERNELS_BACKEND, RLHF_KERNELS_STRICT, RLHF_KERNELS_TUNED, RLHF_KERNELS_CACHE,
   RLHF_KERNELS_PATCH, NO_COLOR
@@ -59,21 +63,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "ops", None):
             args.specs, args.ops = select.specs_named(args.ops, args.specs)
         args.line = shlex.join(["rlhf-kernels", *argv])
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # what cannot be written is said here, not by Python as it ends
+        return code
     except UsageError as error:
         table.complain(f"rlhf-kernels: {error}")
-        return commands.USAGE
+        return keeping.USAGE
     except WorkerError as error:
         table.complain(f"rlhf-kernels: {error}")
-        return commands.SOFTWARE
+        return keeping.SOFTWARE
     except KeyboardInterrupt:
         table.complain("rlhf-kernels: interrupted")
-        return commands.INTERRUPTED
+        return keeping.INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # a reader such as `head` has left: nothing more to say
-        return commands.OK
+        _leave_output()  # a reader such as `head` has left: nothing more to say
+        return keeping.OK
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        table.complain(f"rlhf-kernels: {error.strerror or error}{where}")
+        _leave_output()
+        return keeping.SOFTWARE
+    except Exception:  # a defect; 1 would say that something got slower
+        traceback.print_exc()
+        return keeping.SOFTWARE
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _leave_output() -> None:
+    """What is left in the buffer of standard output goes nowhere: Python would complain of it as it ends."""
+    with contextlib.suppress(OSError, ValueError):  # where it is a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _known_command(argv: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 
 from rlhf_kernels.engine import audit, stats
 from rlhf_kernels.engine import implementations as known
-from rlhf_kernels.engine.check import Judge, one_line
+from rlhf_kernels.engine.check import Judge, one_line, unmade
 from rlhf_kernels.engine.clock import Clock, Contender, Limits, measure
 from rlhf_kernels.engine.implementations import EAGER, Implementation
 from rlhf_kernels.engine.memory import peak_bytes
@@ -62,7 +62,11 @@ class Bench:
 
     def rows(self, spec: OpSpec, case: Case, dtype: torch.dtype) -> Iterator[Row]:
         """One row an implementation and direction; those that are not ok come with the reason."""
-        judge = Judge(spec, case, dtype, self.device)
+        try:
+            judge = Judge(spec, case, dtype, self.device)
+        except Exception as error:  # whatever a spec raises is its result
+            yield unmade(spec, case, dtype, EAGER, self.device.type, error)
+            return
         candidates = [self.candidate(judge, one) for one in self._implementations(judge)]
         for direction in self.directions:
             self._time(direction, candidates, judge)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_kernels.engine.bench import DIRECTIONS, merged
-from rlhf_kernels.engine.check import Judge, check_case
+from rlhf_kernels.engine.check import Judge, check_case, unmade
 from rlhf_kernels.engine.clock import Limits
 from rlhf_kernels.engine.conditions import work
 from rlhf_kernels.engine.implementations import EAGER
@@ -49,8 +49,14 @@ def check(
         tell(number, len(measurements), " ".join(m.names))
         declared = m.spec.op.declared()
         wanted = [b for b in backends if b in declared] or [b for b in declared if b != "reference"]
-        judge = Judge(m.spec, m.case, m.dtype, place.device)
-        for backend in [] if backends and not set(backends) & set(declared) else wanted:
+        wanted = [] if backends and not set(backends) & set(declared) else wanted
+        try:
+            judge = Judge(m.spec, m.case, m.dtype, place.device)
+        except Exception as error:  # whatever a spec raises is its result
+            for backend in wanted:
+                yield unmade(m.spec, m.case, m.dtype, backend, place.device, error)
+            continue
+        for backend in wanted:
             yield from check_case(m.spec, m.case, m.dtype, backend, place.device, judge=judge)
     tell(len(measurements), len(measurements), "done")
 

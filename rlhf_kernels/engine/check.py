@@ -168,8 +168,8 @@ class Judge:
             outputs: indices of the op's outputs where `function` gives only some; for the forward alone.
         """
         wanted = [d for d in self.directions if directions is None or d in directions]
-        upstream = self.upstream if "backward" in wanted else ()
         try:
+            upstream = self.upstream if "backward" in wanted else ()
             result, complaint = self._observe(function, upstream, repeat)
         except (BackendError, Unavailable) as refusal:
             return [self.row(impl, d).failed("unavailable", str(refusal)) for d in wanted]
@@ -298,6 +298,12 @@ def one_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     said = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def unmade(spec: OpSpec, case: Case, dtype: torch.dtype, impl: str, device: str, error: Exception) -> Row:
+    """The row of a case whose inputs could not be made."""
+    reason = f"its inputs cannot be made: {one_line(error)}"
+    return Row(spec.name, impl, case.name, dtype_name(dtype), "forward", device).failed("error", reason)
 
 
 def _to_float64(t: Tensor) -> Tensor:

@@ -7,9 +7,7 @@ import dataclasses
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +15,25 @@ import torch
 from rlhf_kernels.engine import baselines, campaign, roofs, select, show, store, table, tune
 from rlhf_kernels.engine import doctor as examination
 from rlhf_kernels.engine.clock import Limits
-from rlhf_kernels.engine.conditions import WorkerError, running
+from rlhf_kernels.engine.conditions import running
 from rlhf_kernels.engine.fingerprint import fingerprint, machine_id
 from rlhf_kernels.engine.implementations import names
+from rlhf_kernels.engine.keeping import (
+    ENVIRONMENT,
+    INCORRECT,
+    OK,
+    SOFTWARE,
+    Keeping,
+    check_out,
+    print_json,
+    write,
+)
 from rlhf_kernels.engine.row import Row, dtype_name
 from rlhf_kernels.engine.select import UsageError
 from rlhf_kernels.engine.spec import Case, OpSpec, load_specs
+from rlhf_kernels.runtime import tuned
 from rlhf_kernels.runtime.dispatch import BACKENDS
-
-OK, REGRESSION, INCORRECT, ENVIRONMENT, USAGE, SOFTWARE, INTERRUPTED = 0, 1, 2, 3, 64, 70, 130
+from rlhf_kernels.runtime.files import cache_directory
 
 
 def specs_of(args: argparse.Namespace) -> list[OpSpec]:
@@ -53,46 +61,6 @@ def first_dtype(device: str) -> Callable[[Case], Sequence[torch.dtype]]:
     """What is timed by default: float32 on the CPU, bfloat16 on a GPU, where the case has it."""
     usual = torch.float32 if device == "cpu" else torch.bfloat16
     return lambda case: (usual,) if usual in case.dtypes else case.dtypes[:1]
-
-
-def print_json(value: Any) -> None:
-    """One JSON value on standard output."""
-    print(json.dumps(value, indent=1, allow_nan=False))
-
-
-def write(args: argparse.Namespace, *runs: store.Run) -> None:
-    """Appends runs to --out; what cannot be written there is kept where temporary files are. Runs that were
-    stopped before their first row are not written.
-
-    Raises:
-        UsageError: it could not be written; the text says where it is instead.
-    """
-    if not args.out:
-        return
-    count = sum(len(run.rows) + len(run.outcomes) for run in runs)
-    if not count:
-        print(f"no row was finished: nothing appended to {args.out}", file=sys.stderr)
-        return
-    try:
-        for run in runs:
-            store.append(args.out, run)
-    except OSError as error:
-        kept = Path(tempfile.gettempdir()) / f"rlhf-kernels-{runs[0].session}.jsonl"
-        where = f"kept in {kept}"
-        try:
-            for run in runs:
-                store.append(kept, run)
-        except OSError:
-            print_json([run.to_json() for run in runs])
-            where = "printed above"
-        raise UsageError(f"--out {args.out}: {error.strerror}; the {count} rows are {where}") from None
-    print(f"{count} rows appended to {args.out}", file=sys.stderr)
-
-
-def check_out(args: argparse.Namespace) -> None:
-    """Refuses an --out that cannot be a file, before anything is measured."""
-    if args.out and args.out.is_dir():
-        raise UsageError(f"--out {args.out} is a directory: expected a file such as results.jsonl")
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -143,7 +111,8 @@ def check(args: argparse.Namespace) -> int:
 
     An error may be twice that of plain PyTorch at the same dtype. Memory is filled with NaN before, inputs
     are compared after, and a second run must give the same bits. TRITON_INTERPRET=1 checks Triton kernels
-    without a GPU. Exits with 2 where something is incorrect.
+    without a GPU. Exits with 2 where something is incorrect, with 3 where none of the backends named
+    runs here.
     """
     check_out(args)
     specs, device = specs_of(args), device_of(args)
@@ -154,12 +123,26 @@ def check(args: argparse.Namespace) -> int:
     place = campaign.Place(device, package=args.specs)
     with table.progress(args.quiet) as tell, Keeping(run) as kept:
         run.rows.extend(campaign.check(chosen, backends, place, tell))
-    write(args, run)
-    if args.json:
-        print_json(run.to_json())
-    else:
-        show.check(run.rows, args.verbose)
+    nothing = not kept.code and backends and all(row.status == "unavailable" for row in run.rows)
+    try:
+        if args.json:
+            print_json(run.to_json())
+        else:
+            show.check(run.rows, args.verbose)
+    finally:
+        write(args, run)
+    if nothing:
+        table.complain(_not_here(specs, backends, device))
+        return ENVIRONMENT
     return kept.code or _code(run.rows)
+
+
+def _not_here(specs: Sequence[OpSpec], backends: Sequence[str], device: str) -> str:
+    declared = dict.fromkeys(name for spec in specs for name in spec.op.declared())
+    asked = f"rlhf-kernels: nothing was checked: --backend {','.join(backends)}"
+    if not set(backends) & set(declared):
+        return f"{asked} names none that these ops have: expected some of {', '.join(declared)}"
+    return f"{asked} does not run here on {device}; rlhf-kernels doctor says how to mend it"
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -183,8 +166,10 @@ def bench(args: argparse.Namespace) -> int:
     chosen = [m for m in chosen if m.case.tier != "awkward"]
     if not chosen:
         raise UsageError("awkward cases are checked, not timed: rlhf-kernels check")
-    if args.save_baseline:
-        baselines.path_of(args.save_baseline)
+    if args.save_baseline and (reason := store.unwritable(baselines.path_of(args.save_baseline))):
+        raise UsageError(f"the baseline {args.save_baseline} cannot be written: {reason}")
+    if reason := store.unwritable(cache_directory() / "roofs.json"):
+        table.complain(f"what this machine can do is measured anew: the cache cannot be written: {reason}")
     run = store.Run(args.line, fingerprint(place.device, place.threads))
     processes = args.processes or (5 if args.save_baseline else 1)
     gathered: list[dict[tuple[str, ...], list[Row]]] = []
@@ -196,18 +181,25 @@ def bench(args: argparse.Namespace) -> int:
         run.roofs = dataclasses.asdict(known_roofs)
     runs = _repeated(run, gathered)
     run.rows = merged_rows(runs)
-    write(args, *runs)
-    if args.save_baseline and kept.code:
-        table.complain(f"the baseline {args.save_baseline} is as it was: these runs are not complete")
-    elif args.save_baseline:
-        path = baselines.save(args.save_baseline, runs)
-        print(f"baseline {args.save_baseline}: {len(runs)} runs kept in {path}", file=sys.stderr)
-    if args.json:
-        print_json(run.to_json())
-    else:
-        show.bench(run.rows, load_specs(args.specs))
-        table.print_notes([*show.how_timed(run.rows), *_noise(place), f"Again: {args.line}"])
+    try:
+        if args.json:
+            print_json(run.to_json())
+        else:
+            show.bench(run.rows, load_specs(args.specs))
+            table.print_notes([*show.how_timed(run.rows), *_noise(place), f"Again: {args.line}"])
+    finally:
+        write(args, *runs)
+        if args.save_baseline:
+            _save(args.save_baseline, runs, whole=not kept.code)
     return kept.code or _code(run.rows)
+
+
+def _save(name: str, runs: Sequence[store.Run], whole: bool) -> None:
+    if not whole:
+        table.complain(f"the baseline {name} is as it was: these runs are not complete")
+        return
+    path = baselines.save(name, runs)
+    print(f"baseline {name}: {len(runs)} runs kept in {path}", file=sys.stderr)
 
 
 def _repeated(run: store.Run, gathered: Sequence[dict[tuple[str, ...], list[Row]]]) -> list[store.Run]:
@@ -228,8 +220,11 @@ def merged_rows(runs: Sequence[store.Run]) -> list[Row]:
 
 def _noise(place: campaign.Place) -> list[str]:
     """A warning where more ran than what was timed."""
-    others = running() - place.threads
-    return [f"Careful: {others:.0f} other processes were running on this machine."] if others > 0.5 else []
+    others = round(running() - place.threads)
+    if others < 1:
+        return []
+    many = "1 other process was" if others == 1 else f"{others} other processes were"
+    return [f"Careful: {many} running on this machine."]
 
 
 def tune_ops(args: argparse.Namespace) -> int:
@@ -250,19 +245,34 @@ def tune_ops(args: argparse.Namespace) -> int:
     chosen = select.measurements(able, args.case, args.dtype, tiers, first_dtype(place.device))
     outcomes: list[tune.Outcome] = []
     path, run = None, store.Run(args.line, fingerprint(place.device, place.threads))
+    unstored: dict[str, str] = {}  # entry -> why
     with table.progress(args.quiet) as tell, Keeping(run) as kept:
         for outcome in campaign.tune(chosen, backends, place, tell):
             outcomes.append(outcome)
             if outcome.timings_us:
-                path = tune.store(outcome.entry(place.device, place.threads))
+                entry = outcome.entry(place.device, place.threads)
+                try:
+                    path = tune.store(entry)
+                except OSError as error:
+                    unstored[json.dumps(entry)] = f"{error.strerror}: {error.filename}"
     run.outcomes = [dataclasses.asdict(one) for one in outcomes]
-    write(args, run)
-    if args.json:
-        print_json(run.to_json() | {"table": str(path) if path else None})
-    else:
-        show.tune(outcomes)
-        table.print_notes([f"Stored in {path}. Again: {args.line}"] if path else ["Nothing was stored."])
-    return kept.code or (INCORRECT if any(one.refused for one in outcomes) else OK)
+    try:
+        if args.json:
+            told = {"table": str(path) if path else None, "unstored": [*map(json.loads, unstored)]}
+            print_json(run.to_json() | told)
+        else:
+            show.tune(outcomes)
+            table.print_notes([f"Stored in {path}. Again: {args.line}"] if path else ["Nothing was stored."])
+            table.print_notes([f"Not stored: {entry}" for entry in unstored])
+    finally:
+        write(args, run)
+    for reason in dict.fromkeys(unstored.values()):
+        table.complain(
+            f"rlhf-kernels: what was found could not be stored in {tuned.table_path()} ({reason}); it is "
+            "printed above. Name a folder that can be written in RLHF_KERNELS_CACHE"
+        )
+    wrong = INCORRECT if any(one.refused for one in outcomes) else OK
+    return kept.code or wrong or (SOFTWARE if unstored else OK)
 
 
 def budget(args: argparse.Namespace) -> int:
@@ -285,11 +295,13 @@ def budget(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     found = fingerprint("cpu") | {"tools": guards.tools()}
-    write(args, store.Run(args.line, found, [guards.stored(row) for row in rows]))
-    if args.json:
-        print_json(rows)
-    else:
-        show.budget(rows, args.verbose)
+    try:
+        if args.json:
+            print_json(rows)
+        else:
+            show.budget(rows, args.verbose)
+    finally:
+        write(args, store.Run(args.line, found, [guards.stored(row) for row in rows]))
     return guards.exit_code(rows)
 
 
@@ -338,25 +350,6 @@ def _patch_rows(args: argparse.Namespace, target: Any) -> list[dict[str, Any]]:
             progress=tell,
         )
     return [row.as_dict() for row in rows]
-
-
-class Keeping:
-    """Ends a measurement where it is interrupted or its process dies, and keeps what there is."""
-
-    def __init__(self, run: store.Run) -> None:
-        self.run = run
-        self.code = OK
-
-    def __enter__(self) -> Keeping:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
-        if kind not in (KeyboardInterrupt, WorkerError):
-            return False
-        self.run.complete = False
-        self.code = INTERRUPTED if kind is KeyboardInterrupt else SOFTWARE
-        table.complain(f"{str(error) or 'interrupted'}: what follows is what was measured so far")
-        return True
 
 
 def _code(rows: Iterable[Row]) -> int:

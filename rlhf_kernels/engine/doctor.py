@@ -21,6 +21,7 @@ import torch
 from rlhf_kernels.engine import conditions
 from rlhf_kernels.engine.check import one_line
 from rlhf_kernels.engine.fingerprint import build_id, fingerprint
+from rlhf_kernels.engine.store import unwritable
 from rlhf_kernels.runtime import native, tuned
 from rlhf_kernels.runtime.dispatch import BACKENDS, OPS, BackendError, explain, unavailable
 from rlhf_kernels.runtime.files import cache_directory
@@ -175,7 +176,12 @@ def _peers() -> Iterator[Finding]:
 
 
 def _environment() -> Iterator[Finding]:
-    yield Finding("environment", "cache", "ok", str(cache_directory()))
+    cache = cache_directory()
+    if reason := unwritable(cache / "tuned.json"):
+        lost = f"{cache}: {reason}; nothing is kept. Name a folder in RLHF_KERNELS_CACHE that can be written"
+        yield Finding("environment", "cache", "error", lost)
+    else:
+        yield Finding("environment", "cache", "ok", str(cache))
     for name in sorted(n for n in os.environ if n.startswith("RLHF_KERNELS_") or n == "TRITON_INTERPRET"):
         yield Finding("environment", name, "ok", os.environ[name])
     fixed = ", ".join(f"{name}={value}" for name, value in conditions.conditions(1).items())

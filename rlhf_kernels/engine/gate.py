@@ -7,29 +7,26 @@ from collections.abc import Sequence
 
 from rlhf_kernels.engine import baselines, show_compare, table
 from rlhf_kernels.engine.campaign import Place
-from rlhf_kernels.engine.commands import (
+from rlhf_kernels.engine.commands import device_of, first_dtype, specs_of
+from rlhf_kernels.engine.compare import Gate, Report, Unlike, wrong
+from rlhf_kernels.engine.compare import compare as compared
+from rlhf_kernels.engine.keeping import (
+    AGAIN,
     ENVIRONMENT,
     INCORRECT,
     OK,
     REGRESSION,
     Keeping,
     check_out,
-    device_of,
-    first_dtype,
     print_json,
-    specs_of,
     write,
 )
-from rlhf_kernels.engine.compare import Gate, Report, Unlike, wrong
-from rlhf_kernels.engine.compare import compare as compared
 from rlhf_kernels.engine.regress import Regression, targets_of, top_for
 from rlhf_kernels.engine.revisions import commit_of, git
 from rlhf_kernels.engine.select import UsageError, known, measurements
 from rlhf_kernels.engine.store import Run
 from rlhf_kernels.runtime.dispatch import BACKENDS
 from rlhf_kernels.runtime.files import write_aside
-
-AGAIN = 75
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -93,11 +90,13 @@ def regress(args: argparse.Namespace) -> int:
     if not runs:
         table.complain("rlhf-kernels: nothing was measured")
         return kept.code
-    write(args, *runs)
     report = found.report()
     if git(repository, "status", "--porcelain", "--untracked-files=no"):
         report.notes.append(f"Uncommitted changes in {repository} were not measured.")
-    code = finish(args, report, runs[:1], runs[1:])
+    try:
+        code = finish(args, report, runs[:1], runs[1:])
+    finally:
+        write(args, *runs)
     return kept.code or code
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from rlhf_kernels.engine import history as past
 from rlhf_kernels.engine import report as pages
 from rlhf_kernels.engine import results
-from rlhf_kernels.engine.commands import OK, print_json
+from rlhf_kernels.engine.keeping import OK, print_json
 from rlhf_kernels.engine.report import plots, svg
 from rlhf_kernels.engine.select import UsageError, known, unknown
 from rlhf_kernels.engine.show import short
+from rlhf_kernels.engine.store import unwritable
 from rlhf_kernels.engine.table import print_notes, print_table
 from rlhf_kernels.runtime.files import write_aside
 
@@ -31,6 +32,8 @@ def report(args: argparse.Namespace) -> int:
         raise UsageError(reason)
     if args.out.is_dir():
         raise UsageError(f"--out {args.out} is a directory: expected a file such as report.html")
+    if reason := unwritable(args.out):
+        raise UsageError(f"--out {args.out} cannot be written: {reason}")
     found = results.load(args.results)
     page = pages.build(found, args.line, args.budget, args.title)
     try:

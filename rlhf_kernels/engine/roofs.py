@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,7 +63,10 @@ class Roofs:
 
 
 def roofs_for(device: torch.device, threads: int, dtypes: list[torch.dtype]) -> Roofs:
-    """The roofs of this machine with these dtypes, from the cache or measured now."""
+    """The roofs of this machine with these dtypes, from the cache or measured now.
+
+    Where the cache cannot be written they are not kept; `bench` says so.
+    """
     path = cache_directory() / "roofs.json"
     key = machine_id(fingerprint(device.type, threads))
     roofs = _read(path).get(key, Roofs())
@@ -72,7 +76,7 @@ def roofs_for(device: torch.device, threads: int, dtypes: list[torch.dtype]) -> 
     clock = clock_for(device)
     roofs.copy = roofs.copy or {n: _copy_rate(n, device, clock) for n in _COPIES[device.type]}
     roofs.matmul |= {dtype_name(dtype): _matmul_rate(dtype, device, clock) for dtype in missing}
-    with locked(path):
+    with suppress(OSError), locked(path):
         found = _read(path) | {key: roofs}
         machines = {name: asdict(one) for name, one in found.items()}
         write_aside(path, json.dumps({"schema": SCHEMA, "machines": machines}, indent=1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import tempfile
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -85,6 +86,21 @@ def append(path: Path, run: Run) -> None:
             if not end:
                 path.unlink()
             raise
+
+
+def unwritable(path: Path) -> str:
+    """Why no file can be made there, or empty; leaves nothing behind. Directories may still be missing."""
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        if there.is_dir():
+            with tempfile.TemporaryDirectory(prefix=".rlhf-kernels-", dir=there):
+                return ""
+        with path.open("ab"):
+            return ""
+    except OSError as error:
+        return f"{error.strerror}: {there}"
 
 
 def read(path: Path) -> tuple[list[Run], int]:

@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_the_file_whole(tmp_path, monkeypatch, capsys):
     store.append(path, _run("first"))
     whole = path.read_bytes()
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    args = argparse.Namespace(out=path)
+    args = argparse.Namespace(out=path, json=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
