@@ -28,7 +28,7 @@ def doctor(findings: Iterable[Finding]) -> None:
     for topic, found in itertools.groupby(findings, lambda f: f.topic):
         for number, one in enumerate(found):
             rows.append(["" if number else topic, one.name, one.state, one.detail])
-    print_table(("topic", "what", "state", "detail"), rows)
+    print_table(("topic", "name", "state", "detail"), rows)
 
 
 def ops(specs: Sequence[OpSpec]) -> None:
@@ -92,7 +92,7 @@ def bench(rows: Sequence[Row], specs: Mapping[str, OpSpec]) -> None:
         lines: list[list[str]] = []
         timed = (row for row in found if row.status != "unavailable")
         for where, group in itertools.groupby(timed, lambda row: (row.case, row.dtype, row.direction)):
-            lines.append([" ".join((*where[:2], SHORT[where[2]])), *[""] * (len(names) - 1)])
+            lines.append([" ".join((*where[:2], SHORT[where[2]]))])
             lines += [_timing(row) for row in group]
         print_table(names, lines, f"{op}: {specs[op].summary}")
     failed = [row for row in rows if row.status in ("incorrect", "error")]

@@ -1,4 +1,8 @@
-"""Tables and progress: rich on a terminal, plain aligned Markdown in a pipe; rich is not required."""
+"""Tables and progress: rich on a terminal, plain aligned Markdown in a pipe; rich is not required.
+
+On a terminal no name and no number is broken in two: texts are wrapped, the widest column first, and where
+that is not enough a row becomes lines of its own.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +30,101 @@ _STYLES = {
     "absent": "dim",
 }
 
+_HEADING = "\ue000"  # stands for a line that is a heading
+# Columns of sentences and paths, which may become as narrow as this.
+_TEXTS = ("what", "detail", "why", "reason", "steps", "figures")
+_WORD = 24
+
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Prints a table; columns whose name starts with '>' are numbers, set to the right."""
+    """Prints a table.
+
+    Args:
+        columns: their names; those that start with '>' are numbers, set to the right.
+        rows: their cells; a row of one cell is a heading of those that follow.
+        title: stands above it.
+    """
     right = [name.startswith(">") for name in columns]
     names = [name.removeprefix(">") for name in columns]
-    if Console and sys.stdout.isatty():
-        table = RichTable(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-        for name, to_right in zip(names, right):
-            table.add_column(name, justify="right" if to_right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(_styled(cell) for cell in row))
-        Console().print(table)
+    if not (Console and sys.stdout.isatty()):
+        print(markdown(names, [[*row, *[""] * (len(names) - len(row))] for row in rows], right, title))
         return
-    print(markdown(names, rows, right, title))
+    console = Console()
+    # Two between columns: the space to the right of one, and the line that parts them, which is blank.
+    widths = _widths(names, rows, right, console.width - 2 * (len(names) - 1))
+    if title:
+        console.print(title, style="bold", markup=False, highlight=False)
+    if widths is None:
+        _print_rows(console, names, rows, right)
+    else:
+        _print_columns(console, names, rows, right, widths)
+    print()
+
+
+def _widths(
+    names: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool], room: int
+) -> list[int] | None:
+    """How wide each column is, in `room` altogether; None where no name or number could stay whole."""
+    widths, least = [], []
+    for i, name in enumerate(names):
+        cells = [row[i] for row in rows if len(row) > 1]
+        head = max(map(len, name.split()))  # a head of several words takes several lines
+        whole = max(map(len, ("", *cells)))
+        word = max(len(word) for cell in ("", *cells) for word in (cell.split() or [""]))
+        narrow = whole if right[i] else min(whole, _WORD) if name in _TEXTS else word
+        widths.append(max(len(name), whole))
+        least.append(max(head, narrow))
+    if sum(least) > room:
+        return None
+    while sum(widths) > room:
+        widest = max((i for i in range(len(names)) if widths[i] > least[i]), key=widths.__getitem__)
+        widths[widest] -= 1
+    return widths
+
+
+def _print_columns(
+    console: Console,
+    names: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[bool],
+    widths: Sequence[int],
+) -> None:
+    table = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name, to_right, width in zip(names, right, widths):
+        table.add_column(name, justify="right" if to_right else "left", overflow="fold", width=width)
+    headings = [row[0] for row in rows if len(row) == 1]
+    for row in rows:
+        table.add_row(*(_styled(cell) for cell in row)) if len(row) > 1 else table.add_row(_HEADING)
+    with console.capture() as drawn:
+        console.print(table)
+    for line in drawn.get().splitlines():  # a cell cannot reach over columns, a line can
+        if _HEADING in line:
+            console.print(headings.pop(0), style="bold", markup=False, highlight=False)
+        else:
+            print(line.rstrip())
+
+
+def _print_rows(
+    console: Console, names: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]
+) -> None:
+    """Each row as a line of its names, and below it what the other columns say of it."""
+
+    def say(text: str, style: str | None = None, indent: str = "    ") -> None:
+        lines = textwrap.wrap(
+            text, console.width, initial_indent=indent, subsequent_indent="    ", break_on_hyphens=False
+        )
+        for line in lines:
+            console.print(line.replace("\xa0", " "), style=style, markup=False, highlight=False)
+
+    for row in rows:
+        own = [cell for name, cell, number in zip(names, row, right) if not number and name not in _TEXTS]
+        states = [_STYLES[word] for cell in own if (word := cell.partition(" ")[0]) in _STYLES]
+        say("  ".join(filter(None, own)), "bold" if len(row) == 1 else next(iter(states), None), indent="")
+        # A no-break space keeps the words of a figure together.
+        cells = [(n, c) for n, c, number in zip(names, row, right) if c and number]
+        say("  ".join("\xa0".join(f"{name} {cell}".split()) for name, cell in cells))
+        for name, cell in zip(names, row):
+            say(cell if name in _TEXTS else "")
 
 
 def markdown(
