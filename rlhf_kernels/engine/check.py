@@ -39,6 +39,7 @@ INTERPRETED_BYTES = 2 << 20
 INTERPRETED_DTYPES = (torch.float32, torch.float16)
 # Factor on what a foreign function is granted.
 FOREIGN_SLACK = 16.0
+_WROTE = "it wrote to its inputs"
 # Elements compared at a time: temporaries that stay in the cache.
 _CHUNK = 1 << 17
 
@@ -191,9 +192,12 @@ class Judge:
         with poisoned(self.device, likes):
             result = run(function, self.inputs, upstream)
         if not all(map(torch.equal, memory, before)):
+            # What it gave may lie in the inputs, which are put back.
+            outputs = tuple(out.detach().clone() for out in result.outputs)
+            result = Result(outputs, {name: grad.clone() for name, grad in result.gradients.items()})
             for held, value in zip(memory, before):
                 held.copy_(value)
-            return result, "it wrote to its inputs"
+            return result, _WROTE
         if repeat:
             again = run(function, self.inputs, upstream)
             for direction in self.directions:
@@ -227,10 +231,11 @@ class Judge:
                 row.reason = f"{name} is off by {error:.3g}, allowed is {allowed:.3g}"
                 if error == math.inf:
                     row.reason = f"{name} is not finite where the definition is, or the other way round"
-        if worst > 1:
-            return row.failed("incorrect", row.reason)
+        # What was written may be why the rest is off; other bits may be because something is.
+        off = [row.reason] if worst > 1 else []
+        reasons = [complaint, *off] if complaint == _WROTE else off or [complaint]
         row.reason = ""
-        return row.failed("incorrect", complaint) if complaint else row
+        return row.failed("incorrect", "; ".join(reasons)) if any(reasons) else row
 
     def real(self, tensor: Tensor) -> Tensor:
         """What is not padding, where the tensor has the mask's shape."""

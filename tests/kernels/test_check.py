@@ -39,6 +39,14 @@ def _writes_to_input(x, gate=None, gate_first=False):
     return out
 
 
+def _returns_its_input(x, gate=None, gate_first=False):
+    return x[:, : x.shape[1] // 2].copy_(swiglu(x, gate, gate_first))
+
+
+def _wrong_besides(x, gate=None, gate_first=False):
+    return _returns_its_input(x, gate, gate_first) + 1
+
+
 def _writes_between_rows(x, gate=None, gate_first=False):
     x.data.as_strided((1,), (1,), x.storage_offset() - 1).fill_(7.0)  # the gap before the first row
     return swiglu(x, gate, gate_first)
@@ -99,6 +107,20 @@ def test_check_verdicts(function, case, forward, backward, reason):
     bad = next((row for row in rows if row.status != "ok"), rows[0])
     assert bad.reason.startswith(reason), bad.reason
     assert "second line" not in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (_returns_its_input, "it wrote to its inputs"),
+        (_wrong_besides, "it wrote to its inputs; the output is off by 1, allowed is "),
+    ],
+)
+def test_what_lies_in_the_inputs_is_said_first(function, reason):
+    (row,) = Judge(SWIGLU, SWIGLU.case("small_64x512"), torch.float32).rows("planted", function, ["forward"])
+    assert row.status == "incorrect"
+    assert row.reason.startswith(reason), row.reason
+    assert ("off by" in row.reason) == ("off by" in reason)
 
 
 @pytest.mark.parametrize("n", [1, 30, 100, 700, 40_000, 3_000_000])
