@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.engine import stats
+from rlhf_kernels.engine import audit, stats
 from rlhf_kernels.engine.bench import BOTH, FORWARD, call_of
 from rlhf_kernels.engine.check import Judge
 from rlhf_kernels.engine.clock import Clock, Contender, Limits, clock_for, measure
@@ -87,14 +87,18 @@ class KernelBenchmark:
             floor: units in the last place that are granted besides.
 
         Raises:
-            AssertionError: it is incorrect, or its time is below what the machine can do.
-            TypeError: no argument is a tensor.
+            AssertionError: it is incorrect, answers from memory once it is timed, or its time is below what
+                the machine can do.
+            TypeError, ValueError: an argument is not what is expected.
         """
+        __tracebackhide__ = True
+        _expect_functions(function, reference)
+        _expect_costs(cost, backward_cost)
         named = {f"_{i}": value for i, value in enumerate(args)} | kwargs
         tensor = next((value for value in named.values() if isinstance(value, Tensor)), None)
         if tensor is None:
             raise TypeError("kernel_benchmark: expected a tensor among the arguments, got none")
-        names = tuple(f"_{name}" if isinstance(name, int) else name for name in wrt)
+        names = _names(wrt, named)
         calls = [_by_name(one, len(args)) for one in (function, reference or function)]
         spec = _spec(self.benchmark.name, *calls, Inputs(named, names), floor)
         judge = Judge(spec, spec.cases[0], tensor.dtype, tensor.device)
@@ -105,7 +109,8 @@ class KernelBenchmark:
         call = call_of(Implementation(self.benchmark.name, calls[0]), judge, direction)
         costs = [one for one in (cost, backward_cost if names else None) if one]
         complete = cost and (backward_cost or not names)
-        return self.timed(call, tensor.device, tensor.dtype, costs if complete else (), info)
+        watch = _audit(judge, calls[1], direction) if reference else None
+        return self.timed(call, tensor.device, tensor.dtype, costs if complete else (), info, watch=watch)
 
     def timed(
         self,
@@ -115,6 +120,7 @@ class KernelBenchmark:
         costs: Sequence[Cost] = (),
         info: Mapping[str, Any] | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        watch: Callable[[Contender], str] | None = None,
     ) -> Any:
         """Times a call without arguments, which is taken to be right.
 
@@ -124,17 +130,22 @@ class KernelBenchmark:
             costs: the work of a call, an item a pass over the data; empty notes no share of the roof.
             info: goes into `extra_info`.
             context: holds while it is called.
+            watch: asked, once it was timed, what is wrong with it; empty where nothing is.
 
         Raises:
-            AssertionError: its time is below what the machine can do.
+            AssertionError: `watch` found something, or its time is below what the machine can do.
         """
+        __tracebackhide__ = True
         if self.benchmark.disabled:
             with context():
                 return self.benchmark.pedantic(call)
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            samples, figures = self._measure(Contender("kernel", call, context), device, dtype, costs)
+            contender = Contender("kernel", call, context)
+            samples, figures = self._measure(contender, device, dtype, costs)
+            wrong = watch(contender) if watch else ""
+            assert not wrong, f"it has no time: {wrong}"
         finally:
             torch.set_num_threads(before)
         self.benchmark.extra_info |= {**(info or {}), **figures}
@@ -148,9 +159,12 @@ class KernelBenchmark:
         self, contender: Contender, device: torch.device, dtype: torch.dtype, costs: Sequence[Cost]
     ) -> tuple[list[float], dict[str, Any]]:
         """Seconds of a call by rounds, and what follows from them."""
+        __tracebackhide__ = True
         clock = _clock(device)
         roof = [Contender("roof", copy_of(costs, device))] if costs else []
         samples = measure([contender, *roof], clock, self.limits)
+        if contender.failure:
+            raise contender.failure
         seconds = stats.median(samples["kernel"])
         low, high = stats.median_ci(samples["kernel"])
         figures = {
@@ -183,6 +197,58 @@ def _roofs(device: torch.device, threads: int, dtype: torch.dtype) -> Roofs:
     return roofs_for(device, threads, [dtype])
 
 
+def _audit(judge: Judge, reference: Callable[..., Any], direction: str) -> Callable[[Contender], str]:
+    """What `audit.stale` says of a call that was timed on the judge's inputs, which are reversed for it."""
+
+    def watch(contender: Contender) -> str:
+        spec = replace(judge.spec, make=lambda *_: judge.inputs.map(_reversed))
+        plain = call_of(Implementation("reference", reference), judge, direction)
+        judge.spec = spec
+        return audit.stale(judge, plain, {contender.name: contender}, {}).get(contender.name, "")
+
+    return watch
+
+
+def _reversed(tensor: Tensor) -> Tensor:
+    """Other values of its kind; what indexes or masks stays."""
+    return tensor.detach().flip(-1) if tensor.is_floating_point() and tensor.dim() else tensor
+
+
+def _expect_functions(function: Any, reference: Any) -> None:
+    __tracebackhide__ = True
+    for what, one in (("a function", function), ("reference=a function", reference)):
+        if not callable(one) and (one is not None or one is function):
+            raise TypeError(f"kernel_benchmark: expected {what}, got {one!r}")
+
+
+def _expect_costs(cost: Any, backward_cost: Any) -> None:
+    __tracebackhide__ = True
+    for name, one in (("cost", cost), ("backward_cost", backward_cost)):
+        if one is not None and not isinstance(one, Cost):
+            raise TypeError(
+                f"kernel_benchmark: expected {name}=rlhf_kernels.engine.spec.Cost(flops, bytes), got {one!r}"
+            )
+
+
+def _names(wrt: Any, named: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the differentiated arguments.
+
+    Raises:
+        ValueError: there is no such argument, or it is no tensor of floating-point numbers.
+    """
+    __tracebackhide__ = True
+    able = [name for name, value in named.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    names = tuple(f"_{name}" if isinstance(name, int) else name for name in wrt)
+    for given, name in zip(wrt, names):
+        if name not in able:
+            there = ", ".join(name[1:] if name[1:].isdigit() else repr(name) for name in able) or "none"
+            raise ValueError(
+                f"kernel_benchmark: wrt has {given!r}, expected positions, or names of keywords, of "
+                f"floating-point tensors: {there}"
+            )
+    return names
+
+
 def _by_name(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     """The function with its first `count` arguments by the names _0, _1, ..."""
 
@@ -209,6 +275,7 @@ def _errors(rows: Sequence[Row]) -> dict[str, Any]:
     Raises:
         AssertionError: one of them is not right.
     """
+    __tracebackhide__ = True
     for row in rows:
         assert row.status == "ok", f"not timed, because the {row.direction} is {row.status}: {row.reason}"
     worst = max(rows, key=lambda row: (row.error or 0.0) / row.allowed if row.allowed else 0.0)

@@ -52,6 +52,11 @@ def test_forgetful(kernel_benchmark):
     kernel_benchmark(forgetful, torch.randn(64, 512), reference=plain)
 
 
+def test_remembers(kernel_benchmark):
+    known = {}
+    kernel_benchmark(lambda x: known.setdefault(x.data_ptr(), 2 * x), torch.randn(64, 512), reference=plain)
+
+
 def test_too_fast(kernel_benchmark):
     kernel_benchmark(doubled, torch.randn(4, 4), cost=Cost(flops=1, bytes=5e7))
 
@@ -102,7 +107,9 @@ def test_a_project_of_its_own(project, tmp_path):
     done = project(*quick, *net, "--benchmark-json", "saved.json")
     assert done.returncode == 1, done.stdout
     assert "Performance has regressed" in done.stdout + done.stderr
-    assert done.stdout.startswith("..FF."), "forgetful, and too fast"
+    assert done.stdout.startswith("..FFF."), "forgetful, from memory, and too fast"
+    assert "it has no time: after it was timed it gave a wrong answer to new inputs" in done.stdout
+    assert "pytest_fixture.py" not in done.stdout, "what failed is said at the test's own line"
     assert "not timed, because the forward is incorrect: the output is not finite" in done.stdout
     assert "us is too short for 50000000 bytes on this machine" in done.stdout
     saved = json.loads((tmp_path / "saved.json").read_text())
@@ -178,6 +185,16 @@ def test_disabled_it_still_checks():
         kernel(_Halved.apply, x, reference=lambda x: 2 * x, wrt=[0])
     with pytest.raises(TypeError, match="expected a tensor among the arguments"):
         kernel(sum, [1, 2])
+    for given, kind, said in (
+        ({"wrt": [3]}, ValueError, r"wrt has 3, expected positions, .* tensors: 0"),
+        ({"wrt": ["x"]}, ValueError, r"wrt has 'x', expected positions"),
+        ({"cost": (1, 2)}, TypeError, r"expected cost=rlhf_kernels.engine.spec.Cost\(.*\), got \(1, 2\)"),
+        ({"reference": 3}, TypeError, r"expected reference=a function, got 3"),
+    ):
+        with pytest.raises(kind, match=said):
+            kernel(lambda x: x + x, x, **given)
+    with pytest.raises(TypeError, match="expected a function, got 3"):
+        kernel(3, x)
 
 
 class _Halved(torch.autograd.Function):
