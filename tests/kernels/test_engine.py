@@ -4,7 +4,9 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from rlhf_kernels.engine import commands, conditions, implementations, roofs, stats, store
 from rlhf_kernels.engine.bench import Bench, merged
 from rlhf_kernels.engine.clock import Contender, CpuClock, Limits, clock_for, measure
-from rlhf_kernels.engine.memory import peak_bytes
+from rlhf_kernels.engine.memory import _without_marks, peak_bytes
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.select import UsageError
 from rlhf_kernels.engine.spec import Cost, load_specs
@@ -106,6 +108,16 @@ def test_peak_bytes_counts_what_is_held_at_once():
         return torch.empty(500, dtype=torch.float32), torch.empty(250, dtype=torch.float32)
 
     assert peak_bytes(call, CPU) == 4000
+
+
+def test_the_profiler_says_nothing_on_standard_error(capfd):
+    def call():
+        print("the call's own", file=sys.stderr)
+
+    peak_bytes(call, CPU)
+    with _without_marks():
+        os.write(2, b"USDT:2026 profiler_start\nanother line\n")
+    assert capfd.readouterr().err == "the call's own\nanother line\n"
 
 
 # --- bench -----------------------------------------------------------------------------------------------
