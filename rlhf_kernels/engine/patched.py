@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_kernels.engine.check import one_line
 from rlhf_kernels.engine.clock import Contender, Limits, clock_for, measure
 from rlhf_kernels.engine.memory import peak_bytes
 from rlhf_kernels.stacks import patching, slots
@@ -26,8 +27,8 @@ class PatchRow:
     """One function of a stack, and what was found about its replacement. What is incorrect has no time.
 
     `status` is ok, incorrect, left or unavailable, the last three with their reason. `chosen` says whether
-    `patch` replaces it on this machine without being asked by name. Times are of forward and backward, bytes
-    the most that is held at once.
+    `patch` replaces it on this machine without being asked by name; what cannot be imported here is compared
+    from its source, and not chosen. Times are of forward and backward, bytes the most that is held at once.
     """
 
     target: str
@@ -90,6 +91,15 @@ def difference(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
             gap = float((a - b).abs().max())
             worst = max(worst, gap if scale == 0 else gap / scale)
     return worst
+
+
+def unimportable(rebinding: Rebinding) -> str | None:
+    """Why the stack's module cannot be imported here, or None."""
+    try:
+        importlib.import_module(rebinding.place.partition(":")[0])
+    except Exception as error:  # whatever a foreign import may raise
+        return one_line(error)
+    return None
 
 
 def functions(rebinding: Rebinding) -> tuple[Any, Any] | None:
@@ -183,6 +193,12 @@ def _examine(row: PatchRow, rebinding: Rebinding, device: str, seconds: float | 
         place = rebinding.place.replace(":", ".")
         row.status, row.reason, row.chosen = "unavailable", f"this version has no {place}", False
         return
+    if missing := unimportable(rebinding):  # `patch` would raise: what follows is of the installed source
+        row.chosen, row.reason = False, f"cannot be imported here: {missing}"
+        if seconds is None:
+            row.status = "unavailable"
+            return
+        row.reason = f"compared from the installed source; {row.reason}"
     if seconds is None or not rebinding.chosen:
         return
     theirs, ours = found

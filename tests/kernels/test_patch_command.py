@@ -1,5 +1,6 @@
 """`rlhf-kernels patch`, the examples and the other version of TRL: what a user types."""
 
+import importlib
 import json
 import runpy
 from pathlib import Path
@@ -91,6 +92,28 @@ def test_a_patched_stack_is_not_compared_with_itself(capsys):
     with rlhf_kernels.patch("verl", only="masked_whiten"):
         assert cli.main(["patch", "verl", "--check", "--only", "masked_whiten", "--quiet"]) == 3
     assert "masked_whiten is patched in this process: undo() it" in capsys.readouterr().err
+
+
+def test_what_cannot_be_imported_is_not_said_to_be_replaced(capsys, monkeypatch):
+    _installed("openrlhf")
+    whole = importlib.import_module
+
+    def without(name, *more):
+        if name.startswith("openrlhf"):
+            raise ModuleNotFoundError("No module named 'ray'")
+        return whole(name, *more)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    words = ["patch", "openrlhf", "--only", "masked_normalize", "--quiet", "--json", "--seconds", "0.05"]
+    assert cli.main(words) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    missing = "cannot be imported here: ModuleNotFoundError: No module named 'ray'"
+    assert (row["status"], row["chosen"], row["reason"]) == ("unavailable", False, missing)
+    assert cli.main([*words, "--check"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["status"], row["chosen"]) == ("ok", False)
+    assert row["reason"] == f"compared from the installed source; {missing}"
+    assert row["before_us"]
 
 
 def test_an_unchecked_version_is_exit_code_3(capsys, monkeypatch):
