@@ -124,6 +124,8 @@ def _command(argv: list[str]) -> int:
         print(palm_rlhf.__version__)
         return OK
     name, rest = _known("command", argv[0], COMMANDS), argv[1:]
+    if os.environ.get("NO_COLOR"):  # tyro knows a name of its own for it, and reads that when it is loaded
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")
     module = importlib.import_module(f"palm_rlhf.commands.{name}")
     prog = f"palm-rlhf {name}"
     if name == "train":

@@ -41,10 +41,10 @@ class Evaluated(SamplingOptions):
 class Evaluate:
     """Compare models: what each is asked for is measured, and the first model is what others are held to.
 
-    palm-rlhf evaluate --model runs/sft runs/rebel --text book.txt
-    palm-rlhf evaluate --model runs/sft runs/rebel --prompts-file test.txt --reward score.py:polite
-    palm-rlhf evaluate --run runs/ppo --prompts-file test.txt --reward-model runs/reward --out runs/frontier
-    palm-rlhf evaluate --reward-model runs/reward --pairs test.jsonl
+    $ palm-rlhf evaluate --model runs/sft runs/rebel --text book.txt
+    $ palm-rlhf evaluate --model runs/sft runs/rebel --prompts-file test.txt --reward score.py:polite
+    $ palm-rlhf evaluate --run runs/ppo --prompts-file test.txt --reward-model runs/reward --out runs/frontier
+    $ palm-rlhf evaluate --reward-model runs/reward --pairs test.jsonl
 
     Intervals are at 95 %: Wilson's of shares, the normal one of means; prompts are counted, not responses.
     """

@@ -23,8 +23,8 @@ from palm_rlhf.tokens import Tokenizer, prompt_ids
 class Generate:
     """Continue prompts.
 
-    palm-rlhf generate --model runs/sft --prompt "12*7=" --samples 4
-    palm-rlhf generate --model runs/sft --prompt "12*7=" --best-of 8 --reward-model runs/reward
+    $ palm-rlhf generate --model runs/sft --prompt "12*7=" --samples 4
+    $ palm-rlhf generate --model runs/sft --prompt "12*7=" --best-of 8 --reward-model runs/reward
     """
 
     model: Path

@@ -21,7 +21,7 @@ from rlhf_kernels.runtime.files import write_aside
 class Pairs:
     """Make pairs of scored responses: the third stage, before palm-rlhf train rebel --pairs.
 
-    palm-rlhf pairs --scored runs/scored.jsonl --out runs/pairs.jsonl --test 0.1
+    $ palm-rlhf pairs --scored runs/scored.jsonl --out runs/pairs.jsonl --test 0.1
     """
 
     out: Path

@@ -39,7 +39,7 @@ class Reward:
     A line of --pairs is {"prompt": ..., "chosen": ..., "rejected": ...}, or with a label
     {"prompt": ..., "text": ..., "label": 1.5}; the prompt may be left out.
 
-    palm-rlhf reward --model runs/sft --pairs pairs.jsonl --out runs/reward
+    $ palm-rlhf reward --model runs/sft --pairs pairs.jsonl --out runs/reward
     """
 
     model: Path

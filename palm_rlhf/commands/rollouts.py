@@ -28,9 +28,9 @@ _SIDES = ("prompt", "chosen", "rejected")
 class Rollouts:
     """List the rollouts of a run, show responses of one, or make pairs of all to train on.
 
-    palm-rlhf rollouts --run runs/grpo
-    palm-rlhf rollouts --run runs/grpo --step -1 --show 5
-    palm-rlhf rollouts --run runs/grpo --pairs pairs.jsonl
+    $ palm-rlhf rollouts --run runs/grpo
+    $ palm-rlhf rollouts --run runs/grpo --step -1 --show 5
+    $ palm-rlhf rollouts --run runs/grpo --pairs pairs.jsonl
     """
 
     run: Path

@@ -31,8 +31,8 @@ class Sample:
 
     Stopped or killed, the same command goes on where it was, and the file is the same as without the stop.
 
-    palm-rlhf sample --model runs/sft --prompts-file prompts.txt --samples 5 --out runs/samples.jsonl
-    palm-rlhf sample --model runs/rebel-1 --prompts-file prompts.txt --shard 2/4 --out runs/samples-2.jsonl
+    $ palm-rlhf sample --model runs/sft --prompts-file prompts.txt --samples 5 --out runs/samples.jsonl
+    $ palm-rlhf sample --model runs/rebel-1 --prompts-file prompts.txt --shard 2/4 --out runs/samples-2.jsonl
     """
 
     model: Path

@@ -19,8 +19,8 @@ from palm_rlhf.pipeline.scoring import scored
 class Score:
     """Score sampled responses: the second stage. Stopped or killed, the same command goes on where it was.
 
-    palm-rlhf score --samples runs/samples.jsonl --reward-model runs/reward --out runs/scored.jsonl
-    palm-rlhf score --samples runs/samples.jsonl --reward score.py:polite --out runs/scored.jsonl
+    $ palm-rlhf score --samples runs/samples.jsonl --reward-model runs/reward --out runs/scored.jsonl
+    $ palm-rlhf score --samples runs/samples.jsonl --reward score.py:polite --out runs/scored.jsonl
     """
 
     samples: Path

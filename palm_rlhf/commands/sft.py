@@ -35,8 +35,8 @@ _SHAPE = {"dim": 128, "depth": 4, "heads": 4, "dim_head": 32, "ff_mult": 4}
 class SFT:
     """Train a model on text: from nothing, or further (--model).
 
-    palm-rlhf sft --text book.txt --out runs/book
-    palm-rlhf sft --task calculator --out runs/sft
+    $ palm-rlhf sft --text book.txt --out runs/book
+    $ palm-rlhf sft --task calculator --out runs/sft
     """
 
     out: Path

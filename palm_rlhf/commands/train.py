@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
@@ -92,7 +93,7 @@ def form(algorithm: Algorithm | offline.PairAlgorithm) -> type:
         base, usual = Train, field(default_factory=partial(OnlineConfig, **algorithm.defaults))
         flags.append(("online", Annotated[OnlineConfig, tyro.conf.arg(name="")], usual))
     found = make_dataclass(f"Train_{algorithm.name}", flags, bases=(base,))
-    found.__doc__ = f"{algorithm.options.__doc__.strip()}\n\n{base.__doc__}"
+    found.__doc__ = "\n\n".join(inspect.cleandoc(one.__doc__ or "") for one in (algorithm.options, base))
     found.algorithm = algorithm
     return found
 

@@ -1,7 +1,9 @@
 """palm-rlhf from the outside: the commands do what they say, stop when they are told to, and go on."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -55,6 +57,32 @@ def test_help_names_every_command_and_every_flag_is_explained(capsys):
     assert called("train", "--help") == 0
     shown = capsys.readouterr().out
     assert all(f"\n  {name} " in shown for name in ALGORITHMS)
+
+
+def test_help_has_each_example_on_a_line_and_no_stray_indentation(capsys):
+    for words in (["evaluate"], ["generate"], ["rollouts"], ["train", "dpo"]):
+        assert called(*words, "--help") == 0
+        shown = capsys.readouterr().out
+        head = shown[: shown.index(" options")]
+        examples = [line for line in head.splitlines() if line.startswith("$ palm-rlhf ")]
+        assert head.count("palm-rlhf ") == len(examples) + 1, "the first is the usage"
+        assert len(examples) >= 2 or words[0] == "train"
+        assert not [line for line in head.splitlines() if line.strip() and line.startswith(" ")]
+
+
+def test_no_color_holds_for_help_on_a_terminal():
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"NO_COLOR": "1", "TERM": "xterm"}
+    command = [sys.executable, "-m", "palm_rlhf", "rollouts", "--help"]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment):
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # what a terminal that was left says
+            while more := os.read(ours, 1 << 16):
+                said += more
+    os.close(ours)
+    assert b"usage: palm-rlhf rollouts" in said
+    assert b"\x1b" not in said
 
 
 def test_a_run_leaves_config_metrics_curve_checkpoint_and_model(made):
