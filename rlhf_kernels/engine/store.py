@@ -1,6 +1,7 @@
 """Results as JSON lines: a line that describes the run, then one line a row; files are only appended to.
 
-A run is written in one piece under a lock. A line that a crash left half written is skipped and counted.
+A run is written in one piece under a lock on the file. A line that a crash left half written is skipped and
+counted.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ import json
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from rlhf_kernels.engine.row import SCHEMA, Row
-from rlhf_kernels.runtime.files import locked
+from rlhf_kernels.runtime.files import fcntl
 
 
 @dataclass
@@ -72,7 +76,7 @@ def append(path: Path, run: Run) -> None:
         OSError: the file cannot be written; it is as it was.
     """
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines(run))
-    with locked(path), path.open("ab+", buffering=0) as file:
+    with _held(path) as file:
         if end := file.tell():
             file.seek(-1, os.SEEK_END)
             text = text if file.read(1) == b"\n" else "\n" + text
@@ -86,6 +90,23 @@ def append(path: Path, run: Run) -> None:
             if not end:
                 path.unlink()
             raise
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[FileIO]:
+    """The file, open to append, while no other process appends to it; made where there is none.
+
+    The lock is on the file itself, so that none stays behind beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("ab+", buffering=0) as file:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever held it may have removed the file: see `append`.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield file
+                return
 
 
 def unwritable(path: Path) -> str:

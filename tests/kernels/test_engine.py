@@ -1,6 +1,7 @@
 """The engine measures fairly, shows no time of what is wrong, and what it keeps can be read again."""
 
 import argparse
+import fcntl
 import itertools
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import os
 import resource
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -248,6 +250,7 @@ def test_store_appends_and_survives_a_torn_line(tmp_path):
     assert [run.command for run in runs] == ["first", "second"]
     assert broken == 1
     assert runs[1].rows == _run("second").rows
+    assert list(path.parent.iterdir()) == [path], "no lock stays beside it"
     path.write_text(json.dumps(_run("x").header() | {"schema": 99}))
     with pytest.raises(ValueError, match=r"holds schema 99.*upgrade"):
         store.read(path)
@@ -274,6 +277,19 @@ def test_a_full_disk_leaves_the_file_whole(tmp_path, monkeypatch, capsys):
         commands.write(args, _run("third"))
     (kept,) = tmp_path.glob("rlhf-kernels-*.jsonl")
     assert store.read(kept)[0][0].command == "third"
+
+
+def test_a_file_that_goes_while_it_is_waited_for_is_made_again(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=store.append, args=(path, _run("second")))
+        waiting.start()
+        time.sleep(0.1)
+        assert path.read_text() == ""
+        path.unlink()  # as one does that could not write the first run of a file
+    waiting.join()
+    assert [run.command for run in store.read(path)[0]] == ["second"]
 
 
 def _append_often(path, name):
