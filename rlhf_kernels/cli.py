@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(_known_command(argv))
         if getattr(args, "ops", None):
+            args.ops = [name for one in args.ops for name in _words(one)]
             args.specs, args.ops = select.specs_named(args.ops, args.specs)
         args.line = shlex.join(["rlhf-kernels", *argv])
         code = args.run(args)
@@ -145,7 +146,7 @@ def _ops(parser: argparse.ArgumentParser) -> None:
         "ops",
         nargs="*",
         metavar="op",
-        help="names of ops; none means all. my_package.specs or file.py: yours",
+        help="names of ops, also with commas; none means all. my_package.specs or file.py: yours",
     )
 
 

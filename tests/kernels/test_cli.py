@@ -249,6 +249,23 @@ def test_list(run):
     assert "| small_64x512" in run("list", "swiglu", *SWIGLU)[1]
 
 
+def test_ops_may_be_named_with_commas(run):
+    (one, two) = json.loads(run("list", "swiglu,gae", "--json")[1])
+    assert [one["op"], two["op"]] == ["swiglu", "gae"]
+    assert run("list", "swiglu,gea")[2].startswith("rlhf-kernels: unknown op 'gea': did you mean 'gae'?")
+
+
+@pytest.mark.parametrize(
+    ("load", "said"),
+    [(1.2, []), (1.9, ["1 other process was"]), (4.2, ["3 other processes were"])],
+)
+def test_other_processes_are_counted_in_words(monkeypatch, load, said):
+    monkeypatch.setattr(commands, "running", lambda: load)
+    assert commands._noise(campaign.Place(threads=1)) == [
+        f"Careful: {one} running on this machine." for one in said
+    ]
+
+
 def test_doctor(run):
     code, out, _ = run("doctor", "--json")
     assert code == 0
