@@ -2,7 +2,7 @@
 
     python examples/patch_transformers.py
 
-Needs transformers 5.23, or `make peers` in a checkout. `patch("transformers")` patches all models.
+Needs transformers 5.23 or 5.24, or `make peers` in a checkout. `patch("transformers")` patches all models.
 """
 
 from __future__ import annotations

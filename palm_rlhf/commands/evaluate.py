@@ -296,8 +296,8 @@ def _report(found: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(value: Any, form: str) -> str:
-    """A figure with its interval, where it has one."""
-    if value is None:
+    """A figure with its interval, where it has one; a dash for none (distinct-2 of single words)."""
+    if value is None or value != value:
         return "-"
     if isinstance(value, Mapping):
         shown = f"{form} [{form}, {form}]".format(value["value"], value["low"], value["high"])

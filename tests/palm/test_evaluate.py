@@ -223,6 +223,7 @@ def test_the_table_and_a_judge_with_two_seats(made, tmp_path, capsys):
     assert first.split()[:2] == ["text", "-"]
     assert second.split()[:2] == ["model", "50.0%"]
     assert second.split()[-1] == "100.0%"
+    assert "nan" not in first + second, "there are no two words"
 
 
 def test_a_reward_model_is_judged_on_pairs_as_in_its_training(made, tmp_path, capsys):
