@@ -23,6 +23,7 @@ from rlhf_kernels.engine import commands, gate, keeping, reading, select, table
 from rlhf_kernels.engine.conditions import WorkerError
 from rlhf_kernels.engine.history import METRICS
 from rlhf_kernels.engine.select import UsageError
+from rlhf_kernels.engine.spec import SpecError
 
 _EPILOG = """\
 examples:
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()  # what cannot be written is said here, not by Python as it ends
         return code
-    except UsageError as error:
+    except (UsageError, SpecError) as error:
         table.complain(f"rlhf-kernels: {error}")
         return keeping.USAGE
     except WorkerError as error:

@@ -28,6 +28,10 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
+class SpecError(ValueError):
+    """A declaration that does not work; the text says why."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One named shape with its options.
@@ -195,9 +199,17 @@ class OpSpec:
 
     @property
     def differentiable(self) -> bool:
-        """Whether any input gets a gradient."""
+        """Whether any input gets a gradient.
+
+        Raises:
+            SpecError: the inputs of the first case cannot be made.
+        """
         case = self.cases[0]
-        inputs = self.make(case, case.dtypes[0], torch.Generator().manual_seed(0), torch.device("cpu"))
+        try:
+            inputs = self.make(case, case.dtypes[0], torch.Generator().manual_seed(0), torch.device("cpu"))
+        except Exception as error:  # whatever a foreign function raises is what is wrong with it
+            said = f"{type(error).__name__}: {error}"
+            raise SpecError(f"{self.name}: the inputs of {case.name} cannot be made: {said}") from error
         return bool(inputs.wrt)
 
     def case(self, name: str) -> Case:

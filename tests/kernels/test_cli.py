@@ -171,6 +171,8 @@ def test_inputs_that_cannot_be_made_are_rows(run, tmp_path):
     bench = Bench(torch.device("cpu"), None, roofs.Roofs(), 1)
     (row,) = bench.rows(spec, spec.cases[0], torch.float32)
     assert (row.status, row.reason) == ("error", rows[0]["reason"])
+    code, _, err = run("list", tmp_path / "raising.py")
+    assert (code, err) == (64, "rlhf-kernels: raising: the inputs of only cannot be made: KeyError: 'Q'\n")
 
 
 def test_a_defect_is_not_a_regression(run, monkeypatch):
