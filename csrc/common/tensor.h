@@ -10,15 +10,15 @@
 #include <optional>
 #include <vector>
 
+#include "common/groups.h"
 #include "common/isa.h"
-#include "common/plane.h"
 
 namespace rk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A tensor as rows of `cols` contiguous elements, `stride` elements apart, or in groups (see plane.h).
+// A tensor as rows of `cols` contiguous elements, `stride` elements apart, or in groups (see groups.h).
 // `tensor` keeps a copy alive.
 struct Rows {
   Tensor tensor;

@@ -1,6 +1,7 @@
 // What the row kernels of the loss head take. Torch-free.
 #pragma once
 
+#include "common/groups.h"
 #include "common/isa.h"
 #include "common/plane.h"
 

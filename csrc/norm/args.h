@@ -1,6 +1,7 @@
 // What the row kernels of layer_norm and rms_norm take. Torch-free.
 #pragma once
 
+#include "common/groups.h"
 #include "common/isa.h"
 #include "common/plane.h"
 
