@@ -19,8 +19,12 @@ _AT_LEAST_0 = {
     "clone_coef", "critic_bins", "critic_warmup", "desirable", "entropy_advantage", "kl_coef", "std_eps",
     "undesirable", "value_coef", "warmup", "weight", "weight_decay",
 }  # fmt: skip
-_AT_LEAST_1 = {"auxiliary_epochs", "auxiliary_every", "head"}
-_SHARES = {"gamma", "lam", "smoothing"}
+_AT_LEAST_1 = {
+    "accumulate", "auxiliary_epochs", "auxiliary_every", "batch", "epochs", "eval_every", "eval_samples",
+    "head", "max_new_tokens", "max_tokens", "micro_batch", "minibatch", "prompts", "rollout_batch", "samples",
+    "steps",
+}  # fmt: skip
+_SHARES = {"final_lr", "gamma", "lam", "smoothing"}
 
 
 def check_options(options: Any) -> None:

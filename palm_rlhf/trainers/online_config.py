@@ -58,13 +58,6 @@ class OnlineConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for name in ("prompts", "samples", "max_new_tokens", "epochs", "minibatch", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("micro_batch", "rollout_batch"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {size}")
 
 
 def check_fits(algorithm: Algorithm, config: OnlineConfig) -> None:

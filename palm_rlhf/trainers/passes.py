@@ -47,11 +47,6 @@ class PassesConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for name in ("epochs", "batch", "max_tokens", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1 or None, got {self.micro_batch}")
 
 
 # An example as tokens: it has a `length`.

@@ -51,11 +51,6 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for name in ("steps", "batch", "accumulate", "eval_every", "eval_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"final_lr is a share of lr from 0 to 1, got {self.final_lr}")
 
     def rate(self, index: int) -> float:
         """The learning rate of the update with this index: linear warm-up, then half a cosine."""

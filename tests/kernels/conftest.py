@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlhf_kernels import cli
+from rlhf_kernels.engine import roofs
 from rlhf_kernels.engine.spec import load_specs
 from rlhf_kernels.runtime import dispatch, tuned
 
@@ -83,6 +84,14 @@ def command(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def known_roofs(monkeypatch):
+    """Roofs in the cache, where workers find them: to measure them takes seconds."""
+    monkeypatch.setattr(roofs, "_COPIES", {"cpu": (1 << 12,)})
+    monkeypatch.setattr(roofs, "_fastest", lambda call, clock: 1e-9)
+    roofs.roofs_for(torch.device("cpu"), 1, [])
 
 
 @pytest.fixture

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from rlhf_kernels.engine import check, poison
+from rlhf_kernels.engine.bench import Bench
 from rlhf_kernels.engine.check import Judge, check_case, deviation
+from rlhf_kernels.engine.implementations import of_backend
+from rlhf_kernels.engine.roofs import Roofs
 from rlhf_kernels.engine.row import Row
 from rlhf_kernels.engine.spec import Case, load_specs
 from rlhf_kernels.ops.swiglu import kernel_torch
@@ -221,6 +224,10 @@ def test_pytorch_is_not_asked_for_the_same_bits_twice(monkeypatch):
     for backend, status in (("torch", "ok"), ("native", "incorrect")):
         rows = check_case(SWIGLU, SWIGLU.cases[0], torch.float32, backend)
         assert {row.status for row in rows} in ({status}, {"unavailable"}), rows
+        one = of_backend(SWIGLU, SWIGLU.cases[0], torch.float32, CPU, backend)
+        bench, judge = Bench(CPU, None, Roofs(), 1), Judge(SWIGLU, SWIGLU.cases[0], torch.float32)
+        found = {row.status for row in bench.candidate(judge, one).rows.values()}
+        assert found in ({status}, {"unavailable"})
 
 
 def test_native_kernels_are_only_where_the_op_has_some(monkeypatch):

@@ -6,14 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from rlhf_kernels import cli
-from rlhf_kernels.engine import baselines, campaign, commands, roofs, store, table, tune
-from rlhf_kernels.engine.bench import Bench
+from rlhf_kernels.engine import baselines, campaign, commands, store, table
 from rlhf_kernels.engine.conditions import WorkerError
 from rlhf_kernels.engine.row import Row
-from rlhf_kernels.engine.spec import load_specs
 from rlhf_kernels.runtime import dispatch, native, tuned
 
 SWIGLU = ["--specs", "rlhf_kernels.ops.swiglu.spec"]
@@ -47,14 +44,6 @@ def run(capsys):
         return code, captured.out, captured.err
 
     return run
-
-
-@pytest.fixture
-def known_roofs(surroundings, monkeypatch):
-    """Roofs in the cache, where workers find them: to measure them takes seconds."""
-    monkeypatch.setattr(roofs, "_COPIES", {"cpu": (1 << 12,)})
-    monkeypatch.setattr(roofs, "_fastest", lambda call, clock: 1e-9)
-    roofs.roofs_for(torch.device("cpu"), 1, [])
 
 
 @pytest.mark.parametrize(
@@ -133,107 +122,6 @@ def test_check_json(run):
     assert {row["impl"] for row in rows} == {"torch", "triton"}
     assert all(row["status"] in ("ok", "unavailable") and row["median_us"] is None for row in rows)
     assert len({row["dtype"] for row in rows}) == 4
-
-
-def test_nothing_checked_is_not_fine(run, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(dispatch.Op, "unsupported", lambda op, name, *_: f"{name} is elsewhere")
-    code, out, err = run("check", "planted_double", *PLANTED, "--quiet", "--backend", "torch")
-    assert code == 3
-    assert "Nothing was checked." in out
-    assert err == (
-        "rlhf-kernels: nothing was checked: --backend torch does not run here on cpu; rlhf-kernels doctor "
-        "says how to mend it\n"
-    )
-    code, _, err = run("check", "planted_double", *PLANTED, "--quiet", "--backend", "gluon")
-    assert code == 3
-    assert "--backend gluon names none that these ops have: expected some of reference, torch" in err
-
-
-RAISING = """
-from rlhf_kernels.engine.own import Case, Cost, Inputs, own_op
-def make(case, dtype, generator, device):
-    raise KeyError("Q")
-SPECS = (own_op("raising", lambda x: x, {"native": lambda x: x}, make=make, cost=lambda *_: Cost(1, 1),
-    cases=(Case("only", {}, tier="smoke"),)),)
-"""
-
-
-def test_inputs_that_cannot_be_made_are_rows(run, tmp_path):
-    (tmp_path / "raising.py").write_text(RAISING)
-    words = [tmp_path / "raising.py", "--dtype", "float32", "--quiet", "--json"]
-    code, out, _ = run("check", *words)
-    rows = json.loads(out)["rows"]
-    assert code == 2
-    assert {row["impl"] for row in rows} == {"torch", "native"}
-    assert {row["reason"] for row in rows} == {"its inputs cannot be made: KeyError: 'Q'"}
-    (spec,) = load_specs(str(tmp_path / "raising.py")).values()
-    bench = Bench(torch.device("cpu"), None, roofs.Roofs(), 1)
-    (row,) = bench.rows(spec, spec.cases[0], torch.float32)
-    assert (row.status, row.reason) == ("error", rows[0]["reason"])
-    code, _, err = run("list", tmp_path / "raising.py")
-    assert (code, err) == (64, "rlhf-kernels: raising: the inputs of only cannot be made: KeyError: 'Q'\n")
-
-
-def test_a_defect_is_not_a_regression(run, monkeypatch):
-    def broken(args):
-        raise AssertionError("planted")
-
-    monkeypatch.setitem(cli.COMMANDS, "doctor", (broken, lambda parser: None))
-    code, _, err = run("doctor")
-    assert code == 70
-    assert "Traceback" in err
-    assert "planted" in err
-
-
-def test_a_full_disk_is_one_sentence():
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "rlhf_kernels", "list", *SWIGLU]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (70, "rlhf-kernels: No space left on device\n")
-
-
-def test_an_out_that_cannot_be_written_is_refused_before_anything_is_measured(run, tmp_path):
-    words = ["check", "planted_double", *PLANTED, "--backend", "torch", "--out"]
-    code, out, err = run(*words, "/proc/x/rows.jsonl")
-    assert (code, out) == (64, "")
-    assert err == (
-        "rlhf-kernels: --out /proc/x/rows.jsonl cannot be written: No such file or directory: /proc\n"
-    )
-    assert run(*words, tmp_path / "new" / "rows.jsonl")[0] == 0
-    assert not list(tmp_path.glob(".rlhf-kernels*"))
-
-
-def test_the_table_is_shown_although_out_fails(run, monkeypatch, tmp_path):
-    def full(path, _):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(store, "append", full)
-    words = ["check", "planted_double", *PLANTED, "--backend", "torch", "--quiet", "--out", tmp_path / "a"]
-    code, out, err = run(*words)
-    assert code == 64
-    assert out.startswith("| op ")
-    assert "No space left on device" in err
-    json.loads(run(*words, "--json")[1])
-
-
-def test_a_cache_that_cannot_be_written_costs_no_result(run, monkeypatch, known_roofs):
-    monkeypatch.setenv("RLHF_KERNELS_CACHE", "/proc/x")
-    assert roofs.roofs_for(torch.device("cpu"), 1, []).copy
-    found = {f["name"]: f for f in json.loads(run("doctor", "--json")[1])}
-    assert found["cache"]["state"] == "error"
-    assert "No such file or directory: /proc; nothing is kept" in found["cache"]["detail"]
-    monkeypatch.setattr(campaign, "bench", lambda *args: [])
-    assert "the cache cannot be written: No such" in run("bench", "planted_double", *PLANTED)[2]
-    one = tune.Outcome("planted_double", "native", "forward", "small", "float32", {"waste": 1}, {"waste": 0})
-    one.timings_us, one.shape = {"waste=1": 1.0}, (8, 6)
-    monkeypatch.setattr(campaign, "tune", lambda *args: iter([one]))
-    code, out, err = run("tune", "planted_double", *PLANTED, "--quiet")
-    assert code == 70
-    assert 'Not stored: {"op": "planted_double", ' in out
-    assert "what was found could not be stored in /proc/x/tuned.json (No such file or directory" in err
-    (entry,) = json.loads(run("tune", "planted_double", *PLANTED, "--quiet", "--json")[1])["unstored"]
-    assert entry["values"] == {"waste": 1}
 
 
 def test_list(run):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rlhf_kernels
 from rlhf_kernels.engine.check import Judge, check_case
 from rlhf_kernels.engine.spec import as_outputs, load_specs
+from tests.kernels.recorder import Recorder
 
 SPECS = load_specs()
 CHECKED_TIERS = ("smoke", "typical", "awkward")
@@ -60,19 +61,6 @@ def test_interpreter_triton_is_right(spec, case, dtype):
     assert set(found) == {"ok"}, found
 
 
-class _Recorder(TorchDispatchMode):
-    """Keeps the calls to this library's operators that go through the dispatcher."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "rlhf_kernels":
-            self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 def _smallest(spec):
     """One small case per set of options."""
     seen = {}
@@ -107,7 +95,7 @@ def _inputs(spec, case, requires_grad=True):
 def test_opcheck(spec, case):
     """Schema, fake kernel, autograd registration and AOT dispatch with static and dynamic shapes."""
     inputs = _inputs(spec, case)
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         spec.function(**inputs.args)
     assert recorder.calls, f"{spec.name} did not reach its operator under a dispatch mode"
     func = recorder.calls[0][0]

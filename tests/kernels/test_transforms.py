@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels
 from rlhf_kernels.engine.spec import as_outputs, load_specs
+from tests.kernels.recorder import Recorder
 
 SPECS = [spec for spec in load_specs().values() if spec.differentiable]
 # PyTorch's fused attention on a CPU has no forward-mode derivative, and says so.
@@ -69,19 +69,6 @@ def test_vmap(spec):
     )
 
 
-class _Recorder(TorchDispatchMode):
-    """Keeps the calls to this library's operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "rlhf_kernels":
-            self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_plain_outputs_have_the_strides_that_graphs_are_told_of(spec, backend):
@@ -91,7 +78,7 @@ def test_plain_outputs_have_the_strides_that_graphs_are_told_of(spec, backend):
     )
     wrt = [turned.args[name].requires_grad_() for name in turned.wrt]
     with rlhf_kernels.backend(f"{spec.op.name}={backend}"):
-        with _Recorder() as recorder:
+        with Recorder() as recorder:
             outputs = [o for o in as_outputs(spec.function(**turned.args)) if o.requires_grad]
             torch.autograd.grad(outputs, wrt, [torch.ones_like(o) for o in outputs], allow_unused=True)
         assert recorder.calls
