@@ -307,8 +307,13 @@ def one_line(error: BaseException) -> str:
 
 def unmade(spec: OpSpec, case: Case, dtype: torch.dtype, impl: str, device: str, error: Exception) -> Row:
     """The row of a case whose inputs could not be made."""
-    reason = f"its inputs cannot be made: {one_line(error)}"
-    return Row(spec.name, impl, case.name, dtype_name(dtype), "forward", device).failed("error", reason)
+    row = Row(spec.name, impl, case.name, dtype_name(dtype), "forward", device)
+    return row.failed("error", why_unmade(error))
+
+
+def why_unmade(error: Exception) -> str:
+    """What is said of a case whose inputs could not be made."""
+    return f"its inputs cannot be made: {one_line(error)}"
 
 
 def _to_float64(t: Tensor) -> Tensor:

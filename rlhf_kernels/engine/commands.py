@@ -231,7 +231,8 @@ def tune_ops(args: argparse.Namespace) -> int:
     """Find the best values of the knobs that ops declare, and store them for this machine.
 
     Every value is checked before it may win and is timed beside the default, which always competes. The table
-    is read back at run time: rlhf-kernels doctor says how many of its entries apply.
+    is read back at run time: rlhf-kernels doctor says how many of its entries apply. Exits with 2 where a
+    value is refused, or the inputs of a case cannot be made.
     """
     check_out(args)
     specs = specs_of(args)

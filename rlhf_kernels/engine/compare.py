@@ -212,6 +212,10 @@ def compare(
     interrupted = any(not run.complete for run in head)
     rows = [_one(mine[key], theirs.get(key), gate, interrupted) for key in kept]
     rows = [row for row in rows if row is not None]
+    notes += [
+        f"Not compared, since base is not right: {was.complaint}" for was in (mine[key].row for key in kept)
+        if was.status in ("incorrect", "error") and not was.figures
+    ]  # fmt: skip
     _judge([row for row in rows if row.p is not None], gate)
     rows.sort(key=lambda row: VERDICTS.index(row.verdict))
     new = [key for key in theirs if key not in mine and key[4] in (impls or BACKENDS)]

@@ -78,6 +78,12 @@ class Row:
         """What identifies the measurement among others of a run."""
         return (self.op, self.case, self.dtype, self.direction, self.impl, self.device)
 
+    @property
+    def complaint(self) -> str:
+        """What is wrong with it."""
+        where = " ".join((self.op, self.case, self.dtype, self.direction))
+        return f"{where}: {self.impl} is {self.status}: {self.reason}"
+
     def failed(self, status: Status, reason: str) -> Row:
         """This row without any figure of time, for the reason given."""
         kept = (

@@ -95,11 +95,7 @@ def bench(rows: Sequence[Row], specs: Mapping[str, OpSpec]) -> None:
             lines.append([" ".join((*where[:2], SHORT[where[2]]))])
             lines += [_timing(row) for row in group]
         print_table(names, lines, f"{op}: {specs[op].summary}")
-    failed = [row for row in rows if row.status in ("incorrect", "error")]
-    print_notes([
-        f"{row.op} {row.case} {row.dtype} {row.direction}: {row.impl} is {row.status}: {row.reason}"
-        for row in failed
-    ])  # fmt: skip
+    print_notes([row.complaint for row in rows if row.status in ("incorrect", "error")])
     print_notes(refusals(rows))
 
 

@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 
 from rlhf_kernels.engine import stats
 from rlhf_kernels.engine.bench import BOTH, FORWARD, call_of
-from rlhf_kernels.engine.check import Judge
+from rlhf_kernels.engine.check import Judge, why_unmade
 from rlhf_kernels.engine.clock import Clock, Contender, Limits, measure
 from rlhf_kernels.engine.implementations import Implementation
 from rlhf_kernels.engine.row import dtype_name
@@ -114,9 +114,16 @@ class Tuner:
     def outcomes(self) -> Iterator[Outcome]:
         """Tunes the forward, then the backward with the best forward, then holds it against the first choice.
 
-        Nothing where this backend cannot serve.
+        Nothing where this backend cannot serve; where there are no inputs, the default is refused.
         """
-        judge = Judge(self.spec, self.case, self.dtype, self.device)
+        try:
+            judge = Judge(self.spec, self.case, self.dtype, self.device)
+        except Exception as error:  # whatever a spec raises is its result
+            default = candidates([knob for knob in self.spec.knobs if knob.backend == self.backend])[0]
+            outcome = self._outcome("forward", default)
+            outcome.refused[text(default)] = f"error: {why_unmade(error)}"
+            yield outcome
+            return
         held: list[tuned.Trial] = []
         shape = None
         for function in tuned.FUNCTIONS[: len(judge.directions)]:
@@ -141,8 +148,7 @@ class Tuner:
     def _contest(self, judge: Judge, held: list[tuned.Trial], first: str, shape: tuned.ShapeClass) -> Outcome:
         """Whether this backend is faster than the first choice, forward and with the backward."""
         no, yes = {tuned.CHOSEN: 0}, {tuned.CHOSEN: 1}
-        names = (self.spec.name, self.backend, tuned.CHOICE, self.case.name, dtype_name(self.dtype))
-        outcome = Outcome(*names, yes, no, gain=float("inf"), shape=shape)
+        outcome = replace(self._outcome(tuned.CHOICE, no), values=yes, gain=float("inf"), shape=shape)
         for direction in (FORWARD, BOTH)[: len(judge.directions)]:
             contenders = []
             for name, values, trials in ((first, no, ()), (self.backend, yes, held)):
@@ -158,11 +164,14 @@ class Tuner:
                 outcome.values = no
         return outcome
 
+    def _outcome(self, function: str, default: Values) -> Outcome:
+        """What is known before anything was timed."""
+        names = (self.spec.name, self.backend, function, self.case.name, dtype_name(self.dtype))
+        return Outcome(*names, default, default)
+
     def _tune(self, judge: Judge, function: str, options: list[Values], held: list[tuned.Trial]) -> Outcome:
         default = options[0]
-        outcome = Outcome(
-            self.spec.name, self.backend, function, self.case.name, dtype_name(self.dtype), default, default
-        )
+        outcome = self._outcome(function, default)
         fit = [values for values in options if self._fits(judge, function, values, held, outcome)]
         outcome.shape = tuned.Tried.seen.get((self.spec.name, self.backend, function), (0, 0))
         if default not in fit:

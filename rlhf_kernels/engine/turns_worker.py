@@ -72,7 +72,11 @@ class Side:
             found = spec.case(case)
         except (KeyError, ValueError):
             return {"row": row.failed("unavailable", "this revision has no such case").to_json()}
-        judge = Judge(spec, found, getattr(torch, dtype), self.device)
+        try:
+            judge = Judge(spec, found, getattr(torch, dtype), self.device)
+        except Exception as error:  # whatever a spec raises; `check.why_unmade` is not in every revision
+            why = f"its inputs cannot be made: {type(error).__name__}: {error}"
+            return {"row": row.failed("error", why.partition("\n")[0]).to_json()}
         row, contender = self._contender(judge, impl, direction, check)
         if contender is None:
             return {"row": row.to_json()}

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_kernels import cli
 from rlhf_kernels.engine import roofs
+from rlhf_kernels.engine.own import OwnOp
 from rlhf_kernels.engine.spec import load_specs
 from rlhf_kernels.runtime import dispatch, tuned
 
@@ -73,6 +74,15 @@ def own_cache(monkeypatch, tmp_path):
     yield tmp_path
     monkeypatch.undo()
     forget()
+
+
+@pytest.fixture
+def forgotten():
+    """Ops of one's own that a test declared are no ops of the other tests."""
+    yield
+    load_specs.cache_clear()
+    for name in [name for name, op in dispatch.OPS.items() if isinstance(op, OwnOp)]:
+        del dispatch.OPS[name]
 
 
 @pytest.fixture

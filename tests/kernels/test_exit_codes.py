@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from rlhf_kernels import cli
-from rlhf_kernels.engine import campaign, roofs, store, tune
+from rlhf_kernels.engine import campaign, gate, roofs, store, tune
 from rlhf_kernels.engine.bench import Bench
+from rlhf_kernels.engine.regress import Regression
 from rlhf_kernels.engine.spec import load_specs
+from rlhf_kernels.engine.turns import SIDES, Side, Target
 from rlhf_kernels.runtime import dispatch
 
 PLANTED = ["--specs", "planted_ops.spec"]
 SWIGLU = ["--specs", "rlhf_kernels.ops.swiglu.spec"]
 
-pytestmark = pytest.mark.usefixtures("planted_specs", "own_cache")
+pytestmark = pytest.mark.usefixtures("planted_specs", "own_cache", "forgotten")
 
 
 def test_nothing_checked_is_not_fine(command, monkeypatch):
@@ -57,6 +59,60 @@ def test_inputs_that_cannot_be_made_are_rows(command, tmp_path):
     assert (row.status, row.reason) == ("error", rows[0]["reason"])
     code, _, err = command("list", tmp_path / "raising.py")
     assert (code, err) == (64, "rlhf-kernels: raising: the inputs of only cannot be made: KeyError: 'Q'\n")
+
+
+LATER = """
+from rlhf_kernels.engine.own import Case, Cost, Inputs, Knob, own_op, randn
+def native(x, *, waste=0):
+    return x + x
+def make(case, dtype, generator, device):
+    return Inputs({"x": randn([case.sizes["N"]], dtype, generator, device)})
+SPECS = (own_op("later", lambda x: 2 * x, {"native": native}, make=make, cost=lambda *_: Cost(1, 1),
+    cases=[Case(name, sizes, tier="smoke") for name, sizes in CASES.items()],
+    knobs=(Knob("waste", "native", (0, 1), ("forward",)),)),)
+"""
+FINE, BROKEN = {"N": 64}, {}
+
+
+def later(file, **cases):
+    """A file of specs in which some cases have no sizes to make inputs of."""
+    file.write_text(f"CASES = {cases}\n{LATER}")
+    return file
+
+
+def test_tuning_goes_on_behind_inputs_that_cannot_be_made(command, tmp_path):
+    file = later(tmp_path / "later.py", first=FINE, broken=BROKEN, last=FINE)
+    code, out, err = command("tune", file, "--dtype", "float32", "--seconds", "0.02", "--quiet", "--json")
+    assert code == 2, err
+    first, broken, last = json.loads(out)["outcomes"]
+    assert (first["case"], first["refused"], len(first["timings_us"])) == ("first", {}, 2)
+    assert (last["case"], last["refused"], len(last["timings_us"])) == ("last", {}, 2)
+    assert (broken["case"], broken["backend"], broken["timings_us"]) == ("broken", "native", {})
+    assert broken["refused"] == {"waste=0": "error: its inputs cannot be made: KeyError: 'N'"}
+
+
+def test_regress_goes_on_behind_inputs_that_cannot_be_made(tmp_path):
+    """One case that head broke, one that base had not right before, one that is fine."""
+    files = [tmp_path / "base.py", tmp_path / "head.py"]
+    later(files[0], first=FINE, broken=FINE, before=BROKEN)
+    later(files[1], first=FINE, broken=BROKEN, before=FINE)
+    sides = {side: Side(tmp_path, package=str(file)) for side, file in zip(SIDES, files)}
+    targets = [
+        Target("later", case, "float32", "forward", "native") for case in ("before", "broken", "first")
+    ]
+    found = Regression(tmp_path, ("a", "b"), campaign.Place(), targets, pairs=1, seconds=0.02)
+    found.by_turns(sides, lambda *_: None, lambda: None)
+    report = found.report()
+    rows = {row.case: row for row in report.rows}
+    assert set(rows) == {"broken", "first"}
+    assert rows["first"].ratio > 0
+    why = "error: its inputs cannot be made: KeyError: 'N'"
+    assert (rows["broken"].verdict, rows["broken"].reason) == ("missing", why)
+    assert gate.exit_code(report, "pass") == 2
+    assert (
+        f"Not compared, since base is not right: later before float32 forward: native is {why}"
+        in report.notes
+    )
 
 
 def test_a_defect_is_not_a_regression(command, monkeypatch):

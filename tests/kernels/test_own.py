@@ -10,7 +10,7 @@ import torch
 
 from rlhf_kernels.engine import roofs
 from rlhf_kernels.engine.clock import CpuClock, Limits
-from rlhf_kernels.engine.own import Case, Cost, Inputs, OwnOp, own_op, randn
+from rlhf_kernels.engine.own import Case, Cost, Inputs, own_op, randn
 from rlhf_kernels.engine.spec import load_specs
 from rlhf_kernels.engine.tune import Tuner
 from rlhf_kernels.runtime import dispatch, tuned
@@ -18,14 +18,7 @@ from rlhf_kernels.runtime import dispatch, tuned
 pytest.importorskip("triton")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_kernel.py"
 
-
-@pytest.fixture(autouse=True)
-def forgotten():
-    """Ops of these files are no ops of the other tests."""
-    yield
-    load_specs.cache_clear()
-    for name in [name for name, op in dispatch.OPS.items() if isinstance(op, OwnOp)]:
-        del dispatch.OPS[name]
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 @pytest.fixture
