@@ -35,6 +35,8 @@ from rlhf_kernels.runtime import tuned
 from rlhf_kernels.runtime.dispatch import BACKENDS
 from rlhf_kernels.runtime.files import cache_directory
 
+_ABSENT = "does not run here on {}; rlhf-kernels doctor says how to mend it"
+
 
 def specs_of(args: argparse.Namespace) -> list[OpSpec]:
     """The specs of the named ops; all where none is named."""
@@ -142,14 +144,15 @@ def _not_here(specs: Sequence[OpSpec], backends: Sequence[str], device: str) -> 
     asked = f"rlhf-kernels: nothing was checked: --backend {','.join(backends)}"
     if not set(backends) & set(declared):
         return f"{asked} names none that these ops have: expected some of {', '.join(declared)}"
-    return f"{asked} does not run here on {device}; rlhf-kernels doctor says how to mend it"
+    return f"{asked} {_ABSENT.format(device)}"
 
 
 def bench(args: argparse.Namespace) -> int:
     """Check, then time every implementation side by side: eager, torch.compile, backends, installed peers.
 
     Runs in processes of their own under fixed conditions. A time without a passed check is not shown. The
-    interpreter is never timed. Exits with 2 where one of our own implementations is incorrect.
+    interpreter is never timed. Exits with 2 where one of our own implementations is incorrect, with 3 where
+    nothing that --impl names runs here: eager PyTorch, the yardstick, is timed all the same.
     """
     check_out(args)
     specs = specs_of(args)
@@ -191,7 +194,12 @@ def bench(args: argparse.Namespace) -> int:
         write(args, *runs)
         if args.save_baseline:
             _save(args.save_baseline, runs, whole=not kept.code)
-    return kept.code or _code(run.rows)
+    code = kept.code or _code(run.rows)
+    if not code and args.backend and all(r.status == "unavailable" for r in run.rows if r.impl in wanted):
+        asked = ",".join(args.backend)
+        table.complain(f"rlhf-kernels: nothing was timed: --impl {asked} {_ABSENT.format(place.device)}")
+        return ENVIRONMENT
+    return code
 
 
 def _save(name: str, runs: Sequence[store.Run], whole: bool) -> None:

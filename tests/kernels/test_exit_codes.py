@@ -36,6 +36,20 @@ def test_nothing_checked_is_not_fine(command, monkeypatch):
     assert "--backend gluon names none that these ops have: expected some of reference, torch" in err
 
 
+def test_nothing_timed_of_what_was_asked_for_is_not_fine(command, known_roofs):
+    words = ["bench", "swiglu", *SWIGLU, "--case", "small_64x512", "--seconds", "0.02", "--device", "cpu"]
+    words += ["--quiet", "--json"]
+    code, out, err = command(*words, "--impl", "triton")
+    rows = {row["impl"]: row["status"] for row in json.loads(out)["rows"]}
+    assert (code, rows) == (3, {"torch": "ok", "triton": "unavailable"})
+    said = (
+        "nothing was timed: --impl triton does not run here on cpu; rlhf-kernels doctor says how to mend it"
+    )
+    assert err == f"rlhf-kernels: {said}\n"
+    code, _, err = command(*words, "--impl", "triton,torch")
+    assert (code, err) == (0, "")
+
+
 RAISING = """
 from rlhf_kernels.engine.own import Case, Cost, Inputs, own_op
 def make(case, dtype, generator, device):
