@@ -23,7 +23,7 @@ def warm_up(
     Nothing tunes itself while a program runs: that is `rlhf-kernels tune`, a command. What a first call does
     take is loading on a CPU (tens of milliseconds) and compilation of Triton kernels on a GPU (seconds, once
     on a disk). A head size or an option that no case of the tier has is compiled when it is first met: a step
-    on data of your own warms that up.
+    on data of your own warms that up. Set the number of threads before, since choices stay as they are made.
 
     Args:
         ops: names of functions; none means all.

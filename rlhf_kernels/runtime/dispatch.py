@@ -282,6 +282,9 @@ class Op:
 def explain(op: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Choice:
     """Which backend would run `op` here, and why; printing the result gives one line.
 
+    What this process has called already stays as it was chosen then, also after `torch.set_num_threads`: the
+    answer is that of a new process with as many threads.
+
     Raises:
         ValueError: no such op.
         TypeError: no op takes this dtype.
