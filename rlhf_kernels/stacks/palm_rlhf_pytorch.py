@@ -90,14 +90,14 @@ def _masked_normalize() -> Callable[..., Tensor]:
     return masked_normalize
 
 
-def _logprob() -> Callable[..., tuple[Tensor, None]]:
+def _logprob() -> Callable[..., Tensor]:
     from palm_rlhf_pytorch.ppo import log_prob
 
-    def logprob(logits: Tensor, target: Tensor, *, temperature: float = 1.0, **_: Any) -> tuple[Tensor, None]:
+    def logprob(logits: Tensor, target: Tensor, *, temperature: float = 1.0, **_: Any) -> Tensor:
         if logits.dim() != 3:
             raise Unavailable("palm-rlhf-pytorch takes logits [B, T, V] only")
         logits = logits if temperature == 1.0 else logits / temperature
-        return log_prob(logits.softmax(dim=-1), target), None
+        return log_prob(logits.softmax(dim=-1), target)
 
     return logprob
 

@@ -5,6 +5,7 @@ import torch
 
 import rlhf_kernels
 from rlhf_kernels.engine.memory import peak_bytes
+from rlhf_kernels.engine.spec import load_specs
 from rlhf_kernels.runtime import native
 
 pytestmark = pytest.mark.skipif(native.missing("_C") is not None, reason=str(native.missing("_C")))
@@ -65,6 +66,14 @@ def test_triton_reads_them_there_as_well(layout):
             found.append((*outputs, *torch.autograd.grad([o.sum() for o in outputs], leaf)))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_case_that_is_timed_is_cut_from_longer_rows():
+    spec = load_specs()["logprob"]
+    case = spec.case("shifted_4x64x50257")
+    args = spec.make(case, torch.float32, torch.Generator().manual_seed(0), torch.device("cpu")).args
+    assert (args["logits"].shape, args["target"].shape) == ((4, 64, 50257), (4, 64))
+    assert args["logits"].stride() == (65 * 50257, 50257, 1)
 
 
 @pytest.mark.parametrize("name", ["logprob", "layer_norm", "swiglu"])

@@ -158,6 +158,9 @@ for peer in stacks.peers():
         more = options | ({"rho_clip": 1.3} if peer.op == "vtrace" else {"lam": 0.7})
         ours = getattr(rlhf_kernels, peer.op)(*given, **more)
         torch.testing.assert_close(peer.load()(*given, **more), ours, rtol=1e-4, atol=1e-5)
+    if peer.version() is not None and peer.outputs == ("logprob",):  # which is then all that it returns
+        logits, target = torch.randn(2, 3, 11), torch.arange(6).view(2, 3)
+        torch.testing.assert_close(peer.load()(logits, target), rlhf_kernels.logprob(logits, target)[0])
 """
 
 

@@ -47,10 +47,12 @@ def _awkward(name: str, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES, /, **giv
 # Rows of a large case that the definition sees: ends of blocks of rows and of shares of threads.
 FIRST_AND_LAST = {"rows": (0, 1, 511, 512, 777, 1023)}
 # `scale`, `offset`: of the logits, whose largest comes last where they are `rising`; `masked`: every third
-# token has a logit of -inf, targets too, or all tokens of the beginning have; `memory`: the layout.
+# token has a logit of -inf, targets too, or all tokens of the beginning have; `memory`: the layout; `groups`:
+# so many of rows, each with one more behind it that is left out, as logits[:, :-1] has them.
 LOGPROB_CASES = (
     Case("small_8x2048", {"N": 8, "V": 2048}, tier="smoke"),
     Case("gpt2_128x50257", {"N": 128, "V": 50257}),
+    Case("shifted_4x64x50257", {"N": 256, "V": 50257}, {"groups": 4}, dtypes=FLOAT_DTYPES[:2]),
     Case("sampling_temperature_512x8192", {"N": 512, "V": 8192}, {"temperature": 0.7}),
     Case("gpt2_1024x50257", {"N": 1024, "V": 50257}, tier="large", checked=FIRST_AND_LAST),
     Case(
@@ -139,7 +141,8 @@ def _matrix(
 def _make_logprob(case: Case, dtype: torch.dtype, generator: torch.Generator, device: torch.device) -> Inputs:
     """Normal logits; targets at random, also on masked tokens."""
     n, v = case.sizes["N"], case.sizes["V"]
-    logits = _matrix((n, v), case, dtype, generator, device)
+    groups = case.options.get("groups", 0)
+    logits = _matrix((n + groups, v), case, dtype, generator, device)
     if case.options.get("scale") == "rising":
         logits = logits + torch.linspace(-30, 30, v, device=device).to(dtype)
     elif "scale" in case.options:
@@ -154,6 +157,8 @@ def _make_logprob(case: Case, dtype: torch.dtype, generator: torch.Generator, de
         target[::2] -= target[::2] % 3
     if case.options.get("memory") == "cube":
         logits, target = logits.view(2, n // 2, v).transpose(0, 1), target.view(n // 2, 2)
+    if groups:
+        logits, target = logits.view(groups, -1, v)[:, :-1], target.view(groups, -1)
     return Inputs({"logits": logits, "target": target} | _given(case, "temperature"), wrt=("logits",))
 
 
