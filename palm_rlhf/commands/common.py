@@ -51,7 +51,8 @@ class HFOptions:
     system: str | None = None
     """Message of the system in that template."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights of a model of transformers."""
+    """Of the weights of a model of transformers. In 16 bits they do not learn, only adapters beside bfloat16;
+    --precision bf16 trains weights in float32 by products in bfloat16."""
     patch: bool = False
     """Let rlhf_kernels' operators replace those of a model of transformers (rlhf-kernels patch)."""
     checkpoint_layers: bool = False

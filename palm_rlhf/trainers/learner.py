@@ -161,17 +161,24 @@ class Trainer:
 def train_only(learned: Iterable[nn.Parameter], *parts: nn.Module) -> list[nn.Parameter]:
     """Lets these parameters have gradients, and no others of the parts: with adapters a backbone has none.
 
-    ValueError for a part that learns and has weights in float16: gradients through it underflow, and nothing
-    scales the loss here.
+    ValueError for a part that learns and has weights in float16, through which gradients underflow, since
+    nothing scales the loss here; and for what learns itself in 16 bits, whose updates are rounded away.
     """
     learned = list(learned)
+    if short := [p.dtype for p in learned if p.dtype in (torch.float16, torch.bfloat16)]:
+        kind = str(short[0]).removeprefix("torch.")
+        raise ValueError(
+            f"weights in {kind} do not learn here: an update of Adam's size is rounded away. Train weights "
+            "in float32 (--dtype float32, in Python model.float(); --precision bf16 computes their products "
+            "in bfloat16), or adapters beside weights in bfloat16 (--lora)."
+        )
     ids = {id(parameter) for parameter in learned}
     for part in parts:
         own = list(part.parameters())
         if any(p.dtype == torch.float16 for p in own) and any(id(p) in ids for p in own):
             raise ValueError(
-                "a model with weights in float16 does not learn here: its gradients are too small for that "
-                "type. Train with --dtype bfloat16 or float32; float16 is for sampling and evaluation."
+                "adapters beside weights in float16 do not learn here: their gradients are too small for "
+                "that type. Train with --dtype bfloat16 or float32; float16 is for sampling and evaluation."
             )
     for part in parts:
         for parameter in part.parameters():

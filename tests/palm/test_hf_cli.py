@@ -172,6 +172,10 @@ def test_mistakes_cost_one_sentence(folder, tmp_path, capsys, monkeypatch):
     assert said.startswith("LlamaForCausalLM has no projection 'nothing' for adapters. Choose from all,")
     said = refused(capsys, *words, "--no-lora", "--lora-targets", "all")
     assert said == "--lora-targets and --lora-alpha are of adapters: they need --lora"
+    said = refused(capsys, *words, "--no-lora", "--dtype", "bfloat16")
+    assert said.startswith(
+        "weights in bfloat16 do not learn here: an update of Adam's size is rounded away. "
+    )
     said = refused(capsys, *words, "--no-lora", "--last-layers", 5)
     assert said == "the model has 2 layers: from 1 to 2 of the last ones can learn, got 5"
     for missing in ("peft", "transformers"):
