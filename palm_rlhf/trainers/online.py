@@ -157,17 +157,19 @@ class OnlineTrainer(Trainer):
         prompts, seeds = whole[mine], seeds[mine]
         size = max(1, (c.rollout_batch or len(whole) * c.samples) // c.samples)
         model = self.whole_policy().model
-        with self.autocast():
-            parts = [
-                generate(
-                    model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
-                    samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
-                    stop=self.stop, pad=self.pad, seeds=seeds[start : start + size], scope=self.policy.scope,
-                )
-                for start in range(0, len(prompts), size)
-            ]  # fmt: skip
-        del model
-        scores = [scored(self.reward, part).float() for part in parts]
+        with self.ranks.together():
+            with self.autocast():
+                parts = [
+                    generate(
+                        model, prompts[start : start + size], max_new_tokens=c.max_new_tokens,
+                        samples=c.samples, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p,
+                        stop=self.stop, pad=self.pad, seeds=seeds[start : start + size],
+                        scope=self.policy.scope,
+                    )
+                    for start in range(0, len(prompts), size)
+                ]  # fmt: skip
+            del model
+            scores = [scored(self.reward, part).float() for part in parts]
         device = self.policy.model.device
         found = self.ranks.everyones(list(zip(parts, scores)))
         parts, scores = zip(*(pair for pairs in found for pair in pairs))

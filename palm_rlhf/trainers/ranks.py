@@ -61,6 +61,14 @@ class Ranks:
         return any(self.everyones(own))
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work in which no process waits for another: where it fails for one, all of them raise.
+
+        The others would wait for it for ever. ValueError says to them which process failed, and why.
+        """
+        yield
+
+    @contextmanager
     def main_first(self) -> Iterator[None]:
         """The process that writes goes first."""
         yield
@@ -123,6 +131,21 @@ class Launched(Ranks):
             total = self.utils.reduce(torch.cat([part.flatten() for part in parts]), "sum")
             for part, found in zip(parts, total.split([part.numel() for part in parts])):
                 part.copy_(found.view_as(part))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """As of one."""
+        own = None
+        try:
+            yield
+        except Exception as error:  # whatever a function of others raises
+            own = error
+        said = self.everyones(None if own is None else f"{type(own).__name__}: {own}")
+        if own is not None:
+            raise own
+        for index, why in enumerate(said):
+            if why is not None:
+                raise ValueError(f"process {index} of {self.count} failed with {why}")
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

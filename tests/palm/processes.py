@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from palm_rlhf.trainers.online import OnlineConfig, OnlineTrainer
 from palm_rlhf.trainers.ranks import ranks
 from palm_rlhf.trainers.reward import RewardConfig, RewardTrainer
 from palm_rlhf.trainers.sft import SFTConfig, SFTTrainer
+from rlhf_kernels.runtime.files import write_aside
 from rlhf_kernels.stacks import activate
 
 STEPS = 6
@@ -200,12 +202,17 @@ def train(kind: str, folder: Path, steps: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _one_of(count: int, index: int, port: int, folder: Path) -> None:
-    """A process of several, as torchrun and accelerate's launcher start it."""
+def _join(count: int, index: int, port: int) -> None:
+    """Makes this a process of several, as torchrun and accelerate's launcher start it."""
     here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     here |= {"WORLD_SIZE": count, "RANK": index, "LOCAL_WORLD_SIZE": count, "LOCAL_RANK": index}
     os.environ |= {name: str(value) for name, value in here.items()}
     activate()  # accelerate, where it is among the peers
+
+
+def _one_of(count: int, index: int, port: int, folder: Path) -> None:
+    """All kinds."""
+    _join(count, index, port)
     for kind in SHARED:
         # In two goes, so that it is resumed in between.
         train(kind, folder / kind, 2)
@@ -234,14 +241,47 @@ def _in_shards(on: bool) -> None:
     ranks.cache_clear()
 
 
+def _with_a_bad_reward(count: int, index: int, port: int, folder: Path) -> None:
+    """A rollout whose reward fails in the last process; what each raises is in a file of its own."""
+    _join(count, index, port)
+    learner = online("ppo", {}, prompts=2 * count, samples=1, minibatch=2)
+
+    def bad(generation):
+        raise KeyError("no score")
+
+    learner.reward = bad if index == count - 1 else learner.reward
+    try:
+        learner.rollout()
+    except Exception as error:
+        write_aside(folder / f"{index}.txt", f"{type(error).__name__}: {error}")
+    # Nobody is to learn of a failure by the end of a process.
+    while len(list(folder.glob("?.txt"))) < count:
+        time.sleep(0.05)
+
+
+def failed(count: int, folder: Path, seconds: float) -> list[str]:
+    """What so many processes raise where the reward fails in one of them, "" for one that goes on waiting."""
+    _launched(_with_a_bad_reward, count, folder, seconds)
+    files = [folder / f"{index}.txt" for index in range(count)]
+    return [file.read_text() if file.exists() else "" for file in files]
+
+
 def launched(count: int, folder: Path) -> None:
     """Runs all kinds in so many processes that train together."""
+    codes = _launched(_one_of, count, folder)
+    assert codes == [0] * count
+
+
+def _launched(run: Callable[..., None], count: int, folder: Path, seconds: float | None = None) -> list[int]:
+    """The exit codes of `run` in so many processes that train together, which are killed after `seconds`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [_CONTEXT.Process(target=_one_of, args=(count, i, port, folder)) for i in range(count)]
+    processes = [_CONTEXT.Process(target=run, args=(count, i, port, folder)) for i in range(count)]
     for process in processes:
         process.start()
     for process in processes:
+        process.join(seconds)
+        process.kill()
         process.join()
-    assert [process.exitcode for process in processes] == [0] * count
+    return [process.exitcode for process in processes]

@@ -11,7 +11,7 @@ from palm_rlhf.trainers.log import read_metrics
 from palm_rlhf.trainers.ranks import Ranks, ranks
 from rlhf_kernels.stacks import activate
 from tests.palm.command_line import without_clock
-from tests.palm.processes import SHARDED, SHARED, launched, train
+from tests.palm.processes import SHARDED, SHARED, failed, launched, train
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,14 @@ def test_each_process_holds_its_shards_of_weights_and_optimizer(two):
     (first, whole), (second, _) = (torch.load(two / f"held-{index}.pt") for index in range(2))
     assert first + second == whole
     assert max(first, second) <= 0.51 * whole
+
+
+def test_a_reward_that_fails_in_one_process_ends_all(tmp_path):
+    activate()
+    pytest.importorskip("accelerate")
+    first, second = failed(2, tmp_path, seconds=90)
+    assert second == "KeyError: 'no score'"
+    assert first == "ValueError: process 1 of 2 failed with KeyError: 'no score'"
 
 
 @pytest.mark.parametrize(("length", "multiple"), [(12, 1), (7, 1), (1, 1), (12, 4), (14, 4), (0, 1)])
