@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from rlhf_kernels.ops.attention.arguments import ShapeClass, head_size
-from rlhf_kernels.ops.attention.layout import heads_inside, new_like
+from rlhf_kernels.ops.attention.layout import heads_inside, new_like, rows_whole
 from rlhf_kernels.ops.attention.triton_backward import key_gradient_kernel, query_gradient_kernel
 from rlhf_kernels.ops.attention.triton_config import HEAD_SIZES, Tile, chosen, serves, target_of, turns
 from rlhf_kernels.ops.attention.triton_forward import forward_kernel
@@ -86,7 +86,7 @@ def run_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tens
     if _turned_before(q, options):
         q, k = _turn(q, k, options, False)
         options = options._replace(q_cos=None, q_sin=None, k_cos=None, k_sin=None)
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = map(rows_whole, (q, k, v))
     (batch, heads, queries, _), (groups, keys) = q.shape, k.shape[1:3]
     out = new_like(q)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -122,7 +122,7 @@ def run_backward(
         bare = options._replace(q_cos=None, q_sin=None, k_cos=None, k_sin=None)
         dq, dk, dv = run_backward(grad_out, grad_lse, q, k, v, out, lse, bare)
         return *map(heads_inside, _turn(dq, dk, options, True)), dv
-    q, k, v, out, grad_out = _rows(q), _rows(k), _rows(v), _rows(out), _rows(grad_out)
+    q, k, v, out, grad_out = map(rows_whole, (q, k, v, out, grad_out))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     (batch, heads, queries, _), (groups, keys) = q.shape, k.shape[1:3]
     group_size = heads // groups
@@ -229,11 +229,6 @@ def _turn(q: Tensor, k: Tensor, options: Options, back: bool) -> tuple[Tensor, T
     return q, rotary_forward(k, options.k_cos, options.k_sin, False, back)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """With a contiguous last dimension; copies where it is not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
@@ -242,7 +237,7 @@ def _key_mask(key_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The mask as bytes, and the span of allowed keys of each row."""
     if key_mask is None:
         return None, None
-    key_mask = _rows(key_mask).view(torch.uint8)
+    key_mask = rows_whole(key_mask).view(torch.uint8)
     batch, keys = key_mask.shape
     span = key_mask.new_empty(batch, 3, dtype=torch.int32)
     launch(key_span_kernel, (batch,), key_mask, key_mask, span, key_mask.stride(0), keys, BLOCK=SPAN_BLOCK)
