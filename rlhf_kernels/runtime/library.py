@@ -42,7 +42,8 @@ class Operator:
     The kernels' `forward(*args)` and `backward(*backward_args)` and the torch.library schemas take the same
     positional arguments. The first argument is a tensor and decides device and dtype. A kernel may give None
     for an output that only its backward would read: torch.library, which wants a tensor, gets zeros. A kernel
-    without a backward of its own may have a `differentiable` form for calls that need a gradient.
+    without a backward of its own may have a `differentiable` form for calls that need a gradient; one that is
+    plain PyTorch an `opaque` form for calls whose gradient is its `backward`'s.
 
     Args:
         op: the room's backends.
@@ -108,7 +109,7 @@ class Operator:
     def _run(self, *args: Any) -> Any:
         shape_class = self.shape_class(*args) if self.shape_class else None
         kernel = self.op.choose(args[0], shape_class)
-        found = kernel.forward(*args)
+        found = getattr(kernel, "opaque", kernel.forward)(*args)
         some = type(found) is tuple and any(output is None for output in found)
         plain = getattr(kernel, "DIFFERENTIABLE", False)
         return _laid_out(found, self.fake, args) if some or plain else found
@@ -290,11 +291,17 @@ def _autograd_active() -> Any:
     return torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS)
 
 
+def recorded(*tensors: Tensor) -> bool:
+    """Whether a derivative may be asked of what is made of these: under torch.func a tensor may not tell."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return transformed or (_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
 def recomputed(forward: Callable[..., Any], args: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Any]:
     """Gradients of a plain-PyTorch `forward`, one for each argument, by running it once more.
 
-    The backward of the `torch` and `reference` backends where they run as opaque operators. Arguments that
-    are no floating-point tensors get None.
+    The backward of the `torch` and `reference` backends where they run as opaque operators and have no other.
+    Arguments that are no floating-point tensors get None.
     """
     differentiable = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
     with torch.enable_grad(), _autograd_active():

@@ -5,7 +5,7 @@ It knows no cap on the scores: with one, all scores are held.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,31 +14,43 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rlhf_kernels.ops.attention.layout import heads_inside
+from rlhf_kernels.ops.attention.layout import heads_inside, rows_whole
 from rlhf_kernels.ops.attention.reference import seen
-from rlhf_kernels.ops.rotary import RotaryTable, rotary
+from rlhf_kernels.ops.rotary import RotaryTable, rotary, turned_back
 from rlhf_kernels.ops.rotary.kernel_torch import rotary as plain_rotary
-from rlhf_kernels.runtime.library import recomputed
+from rlhf_kernels.runtime.library import recomputed, recorded
 
 DIFFERENTIABLE = True
-TRACEABLE = True  # compiled: through an opaque operator the backward would run the forward again
+TRACEABLE = True  # in a graph, entering an opaque operator costs more than a small call
 
 # Not cuDNN: with a mask its gradients hold NaN (pytorch#196678).
 _MASK_SAFE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp where asked for (else 0): that takes all scores, once more."""
-    return _attend(rotary, q, k, v, *options)
+    """The output, and the log-sum-exp where asked for (else 0).
+
+    PyTorch's kernel for CPUs knows it; elsewhere, and for its derivative, that takes all scores, once more.
+    """
+    return _attend(rotary, False, q, k, v, *options)
+
+
+def opaque(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The same, with the log-sum-exp wherever PyTorch's kernel knows it: `backward` reads it."""
+    return _attend(rotary, True, q, k, v, *options)
 
 
 def plain_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """The same with rotary embeddings in plain PyTorch too: the yardstick."""
-    return _attend(plain_rotary, q, k, v, *options)
+    """`forward` with rotary embeddings in plain PyTorch too: the yardstick."""
+    return _attend(plain_rotary, False, q, k, v, *options)
 
 
 def _attend(
     turned: Callable[[Tensor, RotaryTable], Tensor],
+    is_opaque: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -48,44 +60,107 @@ def _attend(
     return_lse: bool,
     window: int | None = None,
     softcap: float | None = None,
-    q_cos: Tensor | None = None,
-    q_sin: Tensor | None = None,
-    k_cos: Tensor | None = None,
-    k_sin: Tensor | None = None,
+    *tables: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    queries, keys = q.shape[2], k.shape[2]
-    causal = causal and (queries > 1 or window is not None)  # a single query sees every key
-    if q_cos is not None:
-        q, k = turned(q, RotaryTable(q_cos, q_sin)), turned(k, RotaryTable(k_cos, k_sin))
-    if key_mask is not None:
-        masked = ~key_mask[:, None, :, None]
-        k, v = k.masked_fill(masked, 0), v.masked_fill(masked, 0)
+    told = is_opaque or (return_lse and not recorded(q, k, v))
+    q, k, v = _prepared(turned, q, k, v, key_mask, *tables)
     wide = torch.promote_types(q.dtype, torch.float32)
-    if q.numel() == 0 or keys == 0:
+    if q.numel() == 0 or k.shape[2] == 0:
         nothing = torch.ones((), dtype=torch.bool, device=q.device)
         return heads_inside(q.masked_fill(nothing, 0)), q.new_full(q.shape[:3], float("-inf"), dtype=wide)
-    see, empty = None, None
-    if key_mask is not None or window is not None or (causal and (queries != keys or softcap is not None)):
-        see, empty = _mask(queries, keys, causal, window, key_mask, q.device)
-    if softcap is None:
-        out = _sdpa(q, k, v, see, causal and see is None, scale)
+    is_causal, see, empty = _needed_mask(q, k, causal, window, key_mask, softcap)
+    lse = None
+    if told and _tells_lse(q, k, softcap):
+        q, k, v = map(rows_whole, (q, k, v))
+        out, lse = _flash(q, k, v, is_causal=is_causal, attn_mask=_as_scores(see, q), scale=scale)
+        if empty is not None:
+            lse = lse.masked_fill(empty.squeeze(-1), float("-inf"))
+        if return_lse:
+            lse = lse.contiguous()
+    elif softcap is None:
+        out = _sdpa(q, k, v, see, is_causal, scale)
     else:
         out = _capped(q, k, v, see, scale, softcap)
     if empty is not None:
         out = out.masked_fill(empty, 0)
-    if not return_lse:
-        return heads_inside(out), q.new_zeros(q.shape[:3], dtype=wide)
-    scores = _scores(q.to(wide), k.to(wide), scale, softcap)
-    see, empty = _mask(queries, keys, causal, window, key_mask, q.device)
-    lse = scores.masked_fill(~see, float("-inf")).logsumexp(-1)
-    return heads_inside(out), lse.masked_fill(empty.squeeze(-1), float("-inf"))
+    if lse is None and return_lse:
+        see, empty = _mask(q, k, causal, window, key_mask)
+        scores = _scores(q.to(wide), k.to(wide), scale, softcap).masked_fill(~see, float("-inf"))
+        lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), float("-inf"))
+    return heads_inside(out), q.new_zeros(q.shape[:3], dtype=wide) if lse is None else lse
 
 
 def backward(*args: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k and v, where the operator is opaque to autograd."""
-    grad_out, grad_lse, q, k, v, _, _, *options = args
-    found = recomputed(lambda *x: forward(*x, *options), (q, k, v), (grad_out, grad_lse))  # not for tables
-    return tuple(heads_inside(grad) for grad in found)
+    return tuple(map(heads_inside, gradients(*args)))
+
+
+def gradients(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    key_mask: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    window: int | None,
+    softcap: float | None,
+    *tables: Tensor | None,
+) -> Sequence[Tensor]:
+    """Those of q, k and v, in any layout; `out` and `lse` are those of `opaque`."""
+    if grad_lse is not None or not _tells_lse(q, k, softcap):
+        options = (causal, key_mask, scale, return_lse, window, softcap, *tables)
+        return recomputed(lambda *x: forward(*x, *options), (q, k, v), (grad_out, grad_lse))  # not for tables
+    q, k, v = _prepared(rotary, q, k, v, key_mask, *tables)
+    is_causal, see, empty = _needed_mask(q, k, causal, window, key_mask, softcap)
+    if empty is not None:  # weights are e^(score - lse): there 0
+        grad_out, lse = grad_out.masked_fill(empty, 0), lse.masked_fill(empty.squeeze(-1), float("inf"))
+    grad_out, q, k, v, out = map(rows_whole, (grad_out, q, k, v, out))
+    dq, dk, dv = _flash_backward(
+        grad_out, q, k, v, out, lse, 0.0, is_causal, attn_mask=_as_scores(see, q), scale=scale
+    )
+    dk, dv = _cleared(key_mask, dk, dv)
+    if tables[0] is not None:
+        dq, dk = turned_back(dq, RotaryTable(*tables[:2])), turned_back(dk, RotaryTable(*tables[2:]))
+    return dq, dk, dv
+
+
+def _prepared(
+    turned: Callable[[Tensor, RotaryTable], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    q_cos: Tensor | None = None,
+    q_sin: Tensor | None = None,
+    k_cos: Tensor | None = None,
+    k_sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k turned, k and v without what may not be seen."""
+    if q_cos is not None:
+        q, k = turned(q, RotaryTable(q_cos, q_sin)), turned(k, RotaryTable(k_cos, k_sin))
+    return q, *_cleared(key_mask, k, v)
+
+
+def _cleared(key_mask: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if key_mask is None:
+        return k, v
+    masked = ~key_mask[:, None, :, None]
+    return k.masked_fill(masked, 0), v.masked_fill(masked, 0)
+
+
+def _tells_lse(q: Tensor, k: Tensor, softcap: float | None) -> bool:
+    """Whether PyTorch's kernel for CPUs gives the log-sum-exp, and takes it for the gradients."""
+    return q.is_cpu and softcap is None and q.numel() > 0 and k.shape[2] > 0
+
+
+def _as_scores(see: Tensor | None, q: Tensor) -> Tensor | None:
+    """The mask as what is added to the scores."""
+    return None if see is None else q.new_zeros(see.shape).masked_fill(~see, float("-inf"))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, see: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -125,15 +200,32 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor
     return scores if softcap is None else (scores * (scale / softcap)).tanh() * softcap
 
 
+def _needed_mask(
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    window: int | None,
+    key_mask: Tensor | None,
+    softcap: float | None,
+) -> tuple[bool, Tensor | None, Tensor | None]:
+    """PyTorch's `is_causal`, or what it takes no word for: `_mask`."""
+    queries, keys = q.shape[2], k.shape[2]
+    if causal and queries == 1 and window is None:
+        causal = False  # a single query sees every key
+    if key_mask is not None or window is not None or (causal and (queries != keys or softcap is not None)):
+        return False, *_mask(q, k, causal, window, key_mask)
+    return causal, None, None
+
+
 def _mask(
-    queries: int, keys: int, causal: bool, window: int | None, key_mask: Tensor | None, device: torch.device
+    q: Tensor, k: Tensor, causal: bool, window: int | None, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What each query sees, and which rows see nothing: those are let see all, and their output is cleared.
 
     (What a softmax over nothing gives, and its gradient, depends on the kernel that PyTorch picks.)
     """
-    rows = queries if causal or window is not None else 1
-    see = seen(rows, keys, causal, window, key_mask, device)
+    rows = q.shape[2] if causal or window is not None else 1
+    see = seen(rows, k.shape[2], causal, window, key_mask, q.device)
     empty = ~see.any(-1, keepdim=True)
     return see | empty, empty
 

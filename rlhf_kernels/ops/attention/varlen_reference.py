@@ -28,30 +28,36 @@ def by_sequence(
     *tables: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """[N, H, D] and [H, N], one sequence at a time; `attend` takes what reference.forward takes."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    bounds = cu_seqlens.tolist()
-    bounds_k = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    lengths = lengths_of(cu_seqlens, q.shape[0])
+    lengths_k = lengths if cu_seqlens_k is None else lengths_of(cu_seqlens_k, k.shape[0])
+    *queries, behind = apart(q, lengths)
+    own = [
+        [None] * len(lengths) if t is None else t.split(n)
+        for t, n in zip(tables, (lengths, lengths, lengths_k, lengths_k))
+    ]
     outs, logs = [], []
-    # Split, not sliced: the gradient of a slice is a tensor as large as the whole.
-    *queries, behind = q.split(_lengths(bounds, q.shape[2]), 2)
-    keys, values = (x.split(_lengths(bounds_k, x.shape[2]), 2) for x in (k, v))
-    for i, rows in enumerate(zip(queries, keys, values)):
-        a, b, c, d = *bounds[i : i + 2], *bounds_k[i : i + 2]
-        own = [None if t is None else t[a:b] for t in tables[:2]]
-        own += [None if t is None else t[c:d] for t in tables[2:]]
-        out, lse = attend(*rows, causal, None, scale, return_lse, window, softcap, *own)
-        outs.append(out[0])
+    for rows in zip(queries, apart(k, lengths_k), apart(v, lengths_k), *own):
+        out, lse = attend(*rows[:3], causal, None, scale, return_lse, window, softcap, *rows[3:])
+        outs.append(out[0].transpose(0, 1))
         logs.append(lse[0])
     wide = torch.promote_types(q.dtype, torch.float32)
-    behind = behind[0]
-    outs.append(behind.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0))
-    logs.append(behind.new_full(behind.shape[:2], float("-inf"), dtype=wide))
-    return torch.cat(outs, 1).transpose(0, 1).contiguous(), torch.cat(logs, 1)
+    if behind.shape[2] or not outs:
+        behind = behind[0].transpose(0, 1)
+        outs.append(behind.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0))
+        logs.append(behind.new_full((q.shape[1], behind.shape[0]), float("-inf"), dtype=wide))
+    return torch.cat(outs), torch.cat(logs, 1)
 
 
-def _lengths(bounds: list[int], rows: int) -> list[int]:
+def lengths_of(cu_seqlens: Tensor, rows: int) -> list[int]:
     """Of the sequences, and of what is behind the last."""
+    bounds = cu_seqlens.tolist()
     return [b - a for a, b in zip(bounds, [*bounds[1:], rows])]
+
+
+def apart(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """[N, H, D] as [1, H, T, D] for each length."""
+    # Split, not sliced: the gradient of a slice is a tensor as large as the whole.
+    return x.transpose(0, 1)[None].split_with_sizes(lengths, 2)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,11 @@ def rotary(x: Tensor, tables: RotaryTable, *, interleaved: bool = False) -> Tens
     return _rotary(x, cos, sin, interleaved, False)
 
 
+def turned_back(grad: Tensor, tables: RotaryTable) -> Tensor:
+    """The gradient of x from that of `rotary(x, tables)`, for kernels that turn x themselves."""
+    return _rotary(grad, *tables, False, True)
+
+
 def _fits(x: Any, tables: Any) -> bool:
     """The usual good call, seen in a third of the time that the checks take."""
     if type(tables) is not RotaryTable:
