@@ -189,7 +189,7 @@ def test_log_sum_exp_without_all_scores(no_grad):
 @pytest.mark.parametrize("name", ["log-sum-exp", "prefix with log-sum-exp", "packed with log-sum-exp"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_log_sum_exp_without_gradients(name, dtype):
-    """In bfloat16 and float16 PyTorch's kernel takes a quicker exponential."""
+    """In bfloat16 and float16 PyTorch's kernel gives fewer digits."""
     function, leaves = _made(name, dtype)
     with torch.no_grad():
         with backend("torch"):
