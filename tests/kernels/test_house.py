@@ -189,10 +189,15 @@ new = {name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdli
 print(round(took * 1e3, 1), round(start * 1e3), sorted(name for name in new if not name.startswith('_') ))
 """
     cached = {"PYTHONDONTWRITEBYTECODE": ""}  # as in an installation
-    runs = [_python(code, **cached)[1] for _ in range(3)]
-    assert all("['rlhf_kernels']" in run for run in runs), runs
-    took, of_torch = (min(float(run.split()[i]) for run in runs) for i in (0, 1))
-    assert took < max(50, 0.04 * of_torch), "milliseconds: 50 where torch takes 1250"
+    shares = []
+    for _ in range(8):  # the other thread of a core may slow one of the two
+        run = _python(code, **cached)[1]
+        assert "['rlhf_kernels']" in run
+        took, of_torch = map(float, run.split()[:2])
+        shares.append(took / of_torch)
+        if took < 50 or shares[-1] < 0.04:
+            return
+    raise AssertionError(f"of what torch takes: {shares}, where 0.04 are allowed")
 
 
 def test_build_record_gives_the_reason(tmp_path, monkeypatch):
