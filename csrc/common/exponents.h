@@ -20,9 +20,9 @@ struct Exponents<double> {
 
 // Where exp is 0, and t exp(t) is too, which -inf * 0 would not be. From memory: a constant GCC would carry
 // through all that follows, and select twice.
-template <class A>
+template <class A, class Of = Exponents<A>>
 RK_INLINE A lowest_exponent() {
-  A lowest = Exponents<A>::lowest;
+  A lowest = Of::lowest;
   asm("" : "+m"(lowest));
   return lowest;
 }

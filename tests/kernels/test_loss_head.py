@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -163,6 +164,19 @@ def test_native_at_any_alignment_and_length(vocabulary, dtype):
 
 
 @needs_native
+@needs_native
+def test_exponents_are_right_over_their_whole_range():
+    """Where all else is 0 a gradient is exp(logit): to its rounding, and that of the logit in octaves."""
+    x = numpy.linspace(-87.3, 80, 2_000_000).astype(numpy.float32)
+    x = numpy.concatenate([numpy.zeros(2, numpy.float32), x])
+    zero = numpy.zeros(1, numpy.float32)
+    target = numpy.zeros(1, numpy.int64)
+    found = native.host().logprob_backward(zero - 1, zero, x[None], target, zero, zero, zero)[0]
+    error = numpy.abs(found / numpy.exp(x.astype(numpy.float64)) - 1)[1:]
+    assert error[0] == 0
+    assert (error / (1 + numpy.abs(x[1:]))).max() < 1.2e-7
+
+
 def test_native_refuses_targets_that_it_would_read_beyond():
     """Compiled calls do not come past the check of the public function."""
     for target in (torch.tensor([0, 5]), torch.tensor([-1, 0])):
