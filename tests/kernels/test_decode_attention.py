@@ -164,6 +164,9 @@ def test_every_block_of_heads_size_and_rest_on_every_instruction_set(level):
     """None is all that the processor has. Whoever names a level gets no products beyond it."""
     if reason := native.missing("_C") or native.missing("_host"):
         pytest.skip(reason)
+    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
+    if level in ("v4", "v4+bf16") and flags and "avx512f" not in flags:
+        pytest.skip("no AVX-512 here: v3, which is asked, would be taken")
     environment = {name: value for name, value in os.environ.items() if name != "RLHF_KERNELS_ISA"}
     environment |= {"RLHF_KERNELS_ISA": level} if level else {}
     done = subprocess.run(
@@ -171,7 +174,6 @@ def test_every_block_of_heads_size_and_rest_on_every_instruction_set(level):
     )
     products, right = done.stdout.split() or (None, done.stderr)
     assert right == "right", done.stderr
-    flags = set(Path("/proc/cpuinfo").read_text().split()) if Path("/proc/cpuinfo").exists() else set()
     if level == "v4+bf16":
         assert products == ("pairs" if "avx512_bf16" in flags else "floats")
     elif level:
