@@ -291,10 +291,9 @@ def _autograd_active() -> Any:
     return torch._C._ForceDispatchKeyGuard(included, excluded - _AUTOGRAD_KEYS)
 
 
-def recorded(*tensors: Tensor) -> bool:
-    """Whether a derivative may be asked of what is made of these: under torch.func a tensor may not tell."""
-    transformed = torch._C._are_functorch_transforms_active()
-    return transformed or (_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, which sees through plain PyTorch alone."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def recomputed(forward: Callable[..., Any], args: Sequence[Any], grads: Sequence[Tensor | None]) -> list[Any]:

@@ -153,7 +153,7 @@ def inside_backward(monkeypatch):
     return calls.names
 
 
-@pytest.mark.parametrize("name", ["rotary and mask", "prefix with rotary", "packed across"])
+@pytest.mark.parametrize("name", ["rotary and mask", "log-sum-exp", "prefix with rotary", "packed across"])
 def test_the_backward_runs_no_forward(name, inside_backward):
     function, leaves = _made(name, torch.float32)
     with backend("torch"), Recorder():
@@ -171,19 +171,55 @@ def test_packed_sequences_in_a_graph(name, inside_backward):
     got = torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves)
     _close(as_outputs(got), as_outputs(want), torch.float64)
     _close(_gradients(got, leaves), _gradients(want, leaves), torch.float64)
-    if "log-sum-exp" not in name and "softcap" not in name:
+    if "softcap" not in name:
         lengths = (CASES[name][2].get(key) for key in ("cu_seqlens", "cu_seqlens_k"))
         lengths = [bounds.diff() for bounds in lengths if bounds is not None]
-        assert inside_backward.count(FLASH_BACKWARD) == (torch.stack(lengths) > 0).all(0).sum()
+        times = 1 + ("log-sum-exp" in name)
+        assert inside_backward.count(FLASH_BACKWARD) == times * (torch.stack(lengths) > 0).all(0).sum()
         assert FLASH not in inside_backward
 
 
-@pytest.mark.parametrize("no_grad", [False, True])
-def test_log_sum_exp_without_all_scores(no_grad):
-    q, k, v = (torch.randn(1, heads, 512, 16, requires_grad=no_grad) for heads in (2, 1, 1))
-    with torch.set_grad_enabled(not no_grad), backend("torch"):
-        held = peak_bytes(lambda: attention(q, k, v, causal=True, return_lse=True), torch.device("cpu"))
+@pytest.mark.parametrize("name", ["log-sum-exp", "prefix with log-sum-exp"])
+def test_log_sum_exp_in_a_graph(name):
+    """Which holds no operator of ours, but what that is made of."""
+    function, leaves = _made(name, torch.float64)
+    torch._dynamo.reset()
+    got, want = torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves), function(*leaves)
+    _close(as_outputs(got), as_outputs(want), torch.float64)
+    _close(_gradients(got, leaves), _gradients(want, leaves), torch.float64)
+
+
+@pytest.mark.parametrize("gradients", ["not recorded", "not needed", "taken"])
+def test_log_sum_exp_without_all_scores(gradients):
+    wanted = gradients != "not needed"
+    q, k, v = (torch.randn(1, heads, 512, 16, requires_grad=wanted) for heads in (2, 1, 1))
+
+    def call():
+        outputs = attention(q, k, v, causal=True, return_lse=True)
+        return outputs if gradients != "taken" else torch.autograd.grad(map(torch.sum, outputs), (q, k, v))
+
+    with torch.set_grad_enabled(gradients == "taken"), backend("torch"):
+        held = peak_bytes(call, torch.device("cpu"))
     assert held < 512 * 512 * 4, "the scores of a head"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_the_log_sum_exp_are_as_exact_as_by_the_scores(dtype):
+    """257 lies between two numbers of bfloat16: two columns hold it."""
+    q, k = (torch.randn(1, 2, 300, 32, dtype=dtype, requires_grad=True) for _ in range(2))
+
+    def gradients(q, k):
+        lse = ((q @ k.transpose(-2, -1)) / 32**0.5).logsumexp(-1)
+        return torch.autograd.grad(257 * lse.sum(), (q, k))
+
+    exact = gradients(*(x.detach().double().requires_grad_() for x in (q, k)))
+    with backend("torch"):
+        lse = attention(q, k, torch.zeros_like(k), return_lse=True)[1]
+    found = torch.autograd.grad(257 * lse.sum(), (q, k))
+    wide = [x.detach().float().requires_grad_() for x in (q, k)]
+    for got, plain, want in zip(found, gradients(*wide), exact):
+        errors = [(x.to(dtype).double() - want).norm() for x in (got, plain)]
+        assert errors[0] < 2 * errors[1]
 
 
 @pytest.mark.parametrize("name", ["log-sum-exp", "prefix with log-sum-exp", "packed with log-sum-exp"])

@@ -104,8 +104,7 @@ def attention(
         rotary: turns q and k on their way in, as `rotary(q, tables.query)` and `rotary(k, tables.key)` do,
             xPos included: tables of T and of S positions, pairs in halves. On GPUs no turned q or k is in
             memory, but for heads above 128 and in float32.
-        return_lse: whether to return the log-sum-exp of each row's scores too. Where gradients are recorded,
-            the `torch` backend holds all scores for it.
+        return_lse: whether to return the log-sum-exp of each row's scores too.
 
     Returns:
         [B, H, T, D] in q's dtype, laid out so that `out.transpose(1, 2).reshape(B, T, H * D)` is a view; with

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf_kernels.ops.attention.layout import heads_inside, rows_whole
 from rlhf_kernels.ops.attention.reference import seen
 from rlhf_kernels.ops.rotary import RotaryTable, rotary, turned_back
 from rlhf_kernels.ops.rotary.kernel_torch import rotary as plain_rotary
-from rlhf_kernels.runtime.library import recomputed, recorded
+from rlhf_kernels.runtime.library import recomputed, transformed
 
 DIFFERENTIABLE = True
 TRACEABLE = True  # in a graph, entering an opaque operator costs more than a small call
@@ -33,7 +34,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The output, and the log-sum-exp where asked for (else 0).
 
-    PyTorch's kernel for CPUs knows it; elsewhere, and for its derivative, that takes all scores, once more.
+    PyTorch's kernel for CPUs knows it; elsewhere, and under torch.func, that takes all scores, once more.
     """
     return _attend(rotary, False, q, k, v, *options)
 
@@ -62,7 +63,7 @@ def _attend(
     softcap: float | None = None,
     *tables: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    told = is_opaque or (return_lse and not recorded(q, k, v))
+    told = is_opaque or (return_lse and not transformed())
     q, k, v = _prepared(turned, q, k, v, key_mask, *tables)
     wide = torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0 or k.shape[2] == 0:
@@ -73,6 +74,8 @@ def _attend(
     if told and _tells_lse(q, k, softcap):
         q, k, v = map(rows_whole, (q, k, v))
         out, lse = _flash(q, k, v, is_causal=is_causal, attn_mask=_as_scores(see, q), scale=scale)
+        if not is_opaque:
+            lse = _LogSumExp.apply(q, k, lse, _as_scores(see, q), is_causal, scale)
         if empty is not None:
             lse = lse.masked_fill(empty.squeeze(-1), float("-inf"))
         if return_lse:
@@ -112,7 +115,7 @@ def gradients(
     *tables: Tensor | None,
 ) -> Sequence[Tensor]:
     """Those of q, k and v, in any layout; `out` and `lse` are those of `opaque`."""
-    if grad_lse is not None or not _tells_lse(q, k, softcap):
+    if not _tells_lse(q, k, softcap):
         options = (causal, key_mask, scale, return_lse, window, softcap, *tables)
         return recomputed(lambda *x: forward(*x, *options), (q, k, v), (grad_out, grad_lse))  # not for tables
     q, k, v = _prepared(rotary, q, k, v, key_mask, *tables)
@@ -120,13 +123,50 @@ def gradients(
     if empty is not None:  # weights are e^(score - lse): there 0
         grad_out, lse = grad_out.masked_fill(empty, 0), lse.masked_fill(empty.squeeze(-1), float("inf"))
     grad_out, q, k, v, out = map(rows_whole, (grad_out, q, k, v, out))
-    dq, dk, dv = _flash_backward(
-        grad_out, q, k, v, out, lse, 0.0, is_causal, attn_mask=_as_scores(see, q), scale=scale
-    )
+    mask = _as_scores(see, q)
+    dq, dk, dv = _flash_backward(grad_out, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+    if grad_lse is not None:
+        grad_lse = grad_lse if empty is None else grad_lse.masked_fill(empty.squeeze(-1), 0)
+        more = _lse_gradients(grad_lse, q, k, lse, mask, is_causal, scale)
+        dq, dk = dq + more[0], dk + more[1]
     dk, dv = _cleared(key_mask, dk, dv)
     if tables[0] is not None:
         dq, dk = turned_back(dq, RotaryTable(*tables[:2])), turned_back(dk, RotaryTable(*tables[2:]))
     return dq, dk, dv
+
+
+class _LogSumExp(torch.autograd.Function):
+    """What PyTorch's kernel tells without a derivative, with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, lse, mask)
+        ctx.options = is_causal, scale
+        return lse.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_lse_gradients(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+def _lse_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, lse: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Those of q and k, in memory linear in their lengths.
+
+    The gradient of a score is weight * grad. PyTorch's kernel has weight * (grad_out v^T - sum grad_out out):
+    the same where v is 0, and grad_out 1 and out -grad in one column, or two: 16 bits round grad.
+    """
+    ones, out, v = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(k)
+    ones[..., :2] = 1
+    out[..., 0] = -grad
+    if q.shape[-1] > 1:
+        out[..., 1] = -grad - out[..., 0]
+    dq, dk, _ = _flash_backward(ones, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
+    return dq, dk
 
 
 def _prepared(
