@@ -117,7 +117,8 @@ struct RowSums : SoftmaxSums {
   }
 
   SoftmaxSums sums(const T* x, int64_t n) const {
-    if (factor == A(1)) return sums_of<false>(x, n, start, factor);
+    if constexpr (Powers<A>::per_nat == 1)
+      if (factor == A(1)) return sums_of<false>(x, n, start, factor);
     return sums_of<true>(x, n, start, factor);
   }
 
