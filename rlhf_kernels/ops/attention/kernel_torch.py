@@ -73,9 +73,10 @@ def _attend(
     lse = None
     if told and _tells_lse(q, k, softcap):
         q, k, v = map(rows_whole, (q, k, v))
-        out, lse = _flash(q, k, v, is_causal=is_causal, attn_mask=_as_scores(see, q), scale=scale)
+        mask = _as_scores(see, q)
+        out, lse = _flash(q, k, v, is_causal=is_causal, attn_mask=mask, scale=scale)
         if not is_opaque:
-            lse = _LogSumExp.apply(q, k, lse, _as_scores(see, q), is_causal, scale)
+            lse = _LogSumExp.apply(q, k, lse, mask, is_causal, scale)
         if empty is not None:
             lse = lse.masked_fill(empty.squeeze(-1), float("-inf"))
         if return_lse:
